@@ -1,0 +1,1 @@
+"""Launch, measure, debug and test AMD SEV-SNP guests on Linux/KVM."""

@@ -1,0 +1,139 @@
+"""Reset states that are measured, and the vCPU signature.
+
+| field     | QEMU >= 9.1          | KVM, a vCPU nobody touched |
+|-----------|----------------------|----------------------------|
+| cs.attrib | 0x9B                 | 0x9A                       |
+| es ds fs gs ss attrib | 0x93     | 0x92                       |
+| tr.attrib | 0x8B                 | 0x83                       |
+| rdx       | vCPU signature       | 0x600                      |
+| cs.base, rip | of the given EIP  | of 0xFFFFFFF0              |
+
+All else is common. Sources: sev-snp-measure 0.0.13 and virtee/sev for QEMU; Linux
+svm_vcpu_reset, init_vmcb and sev_es_sync_vmsa for KVM (6.12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ._check import uint
+from .segment import Segment
+from .vmsa import Vmsa
+
+__all__ = ["BSP_EIP", "VCPU_TYPES", "kvm_untouched", "qemu_reset", "vcpu_signature"]
+
+BSP_EIP = 0xFFFFFFF0
+"""Reset vector of x86: where the boot processor starts."""
+
+# EDX of a vCPU that has no CPUID yet: family 6, the kernel's fallback.
+_KVM_RESET_RDX = 0x600
+_SNP_ACTIVE = 1
+
+
+def qemu_reset(eip: int, *, signature: int, sev_features: int) -> Vmsa:
+    """Return the VMSA that QEMU (on Linux >= 6.10) has measured for one vCPU.
+
+    Args:
+        eip: 32-bit start address: `BSP_EIP`, or the SEV-ES reset block's for other vCPUs.
+        signature: vCPU signature, see `vcpu_signature` and `VCPU_TYPES`.
+        sev_features: SEV_FEATURES as measured, 0x1 by default (nothing is or-ed in).
+
+    Raises:
+        FormatError: an argument doesn't fit its field.
+    """
+    uint("eip", eip, 32)
+    uint("signature", signature, 32)
+    return _reset(eip, code=0x9B, data=0x93, tr=0x8B, rdx=signature, sev_features=sev_features)
+
+
+def kvm_untouched(*, sev_features: int) -> Vmsa:
+    """Return the VMSA that KVM has measured for a vCPU nobody touched, boot processor or not.
+
+    Args:
+        sev_features: vmsa_features of KVM_SEV_INIT2; KVM sets SNPActive (bit 0) itself.
+    """
+    return _reset(
+        BSP_EIP,
+        code=0x9A,
+        data=0x92,
+        tr=0x83,
+        rdx=_KVM_RESET_RDX,
+        sev_features=sev_features | _SNP_ACTIVE,
+    )
+
+
+def _reset(eip: int, *, code: int, data: int, tr: int, rdx: int, sev_features: int) -> Vmsa:
+    flat = Segment(attrib=data, limit=0xFFFF)
+    table = Segment(limit=0xFFFF)
+    return Vmsa(
+        es=flat,
+        cs=Segment(0xF000, code, 0xFFFF, eip & 0xFFFF0000),
+        ss=flat,
+        ds=flat,
+        fs=flat,
+        gs=flat,
+        gdtr=table,
+        ldtr=Segment(attrib=0x82, limit=0xFFFF),
+        idtr=table,
+        tr=Segment(attrib=tr, limit=0xFFFF),
+        efer=0x1000,  # SVME, which KVM ors in
+        cr4=0x40,  # MCE, which KVM ors in
+        cr0=0x10,  # ET; KVM takes CD and NW away (a quirk that is on by default)
+        dr7=0x400,
+        dr6=0xFFFF0FF0,
+        rflags=0x2,
+        rip=eip & 0xFFFF,
+        g_pat=0x0007040600070406,
+        rdx=rdx,
+        sev_features=sev_features,
+        xcr0=0x1,
+        mxcsr=0x1F80,
+        x87_fcw=0x037F,
+    )
+
+
+def vcpu_signature(family: int, model: int, stepping: int) -> int:
+    """Return EAX of CPUID leaf 1 for a processor: the reset value of EDX.
+
+    Source: AMD 25481, CPUID Fn0000_0001_EAX.
+
+    Raises:
+        FormatError: family above 270, model above 255 or stepping above 15.
+    """
+    extended = max(family - 0xF, 0)
+    uint("family", family, 9)
+    uint("extended family", extended, 8)
+    uint("model", model, 8)
+    uint("stepping", stepping, 4)
+    base = min(family, 0xF)
+    return extended << 20 | (model >> 4) << 16 | base << 8 | (model & 0xF) << 4 | stepping
+
+
+_NAPLES = vcpu_signature(23, 1, 2)
+_ROME = vcpu_signature(23, 49, 0)
+_MILAN = vcpu_signature(25, 1, 1)
+_GENOA = vcpu_signature(25, 17, 0)
+_TURIN = vcpu_signature(26, 0, 0)
+
+VCPU_TYPES: Mapping[str, int] = MappingProxyType(
+    {
+        "EPYC": _NAPLES,
+        "EPYC-v1": _NAPLES,
+        "EPYC-v2": _NAPLES,
+        "EPYC-IBPB": _NAPLES,
+        "EPYC-v3": _NAPLES,
+        "EPYC-v4": _NAPLES,
+        "EPYC-Rome": _ROME,
+        "EPYC-Rome-v1": _ROME,
+        "EPYC-Rome-v2": _ROME,
+        "EPYC-Rome-v3": _ROME,
+        "EPYC-Milan": _MILAN,
+        "EPYC-Milan-v1": _MILAN,
+        "EPYC-Milan-v2": _MILAN,
+        "EPYC-Genoa": _GENOA,
+        "EPYC-Genoa-v1": _GENOA,
+        "EPYC-Turin": _TURIN,
+    }
+)
+"""vCPU signature by QEMU's model name; the names that sev-snp-measure 0.0.13 knows."""

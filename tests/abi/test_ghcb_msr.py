@@ -1,0 +1,70 @@
+"""Termination requests of the GHCB MSR protocol (AMD 56421; Linux sev-common.h)."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmlaunch.abi.ghcb_msr import Termination, decode_termination
+
+# Value of the MSR: 0x100 in bits 11:0, reason set in 15:12, reason code in 23:16.
+KNOWN = [
+    (0x000100, 0, 0, "general termination request"),
+    (0x010100, 0, 1, "protocol range"),
+    (0x020100, 0, 2, "SNP features"),
+    (0x001100, 1, 0, "registration failed"),
+    (0x011100, 1, 1, "page state change"),
+    (0x021100, 1, 2, "PVALIDATE"),
+    (0x031100, 1, 3, "not at VMPL0"),
+    (0x041100, 1, 4, "CPUID table"),
+    (0x051100, 1, 5, "CPUID from the hypervisor"),
+    (0x061100, 1, 6, "secrets page"),
+    (0x071100, 1, 7, "SVSM"),
+    (0x081100, 1, 8, "VMPL0"),
+    (0x091100, 1, 9, "calling area"),
+]
+
+
+@pytest.mark.parametrize(("value", "reason_set", "code", "_text"), KNOWN)
+def test_termination_when_decoded_has_set_and_code(
+    value: int, reason_set: int, code: int, _text: str
+) -> None:
+    assert decode_termination(value) == Termination(reason_set, code)
+
+
+@pytest.mark.parametrize(("value", "_set", "_code", "text"), KNOWN)
+def test_termination_when_known_is_explained(value: int, _set: int, _code: int, text: str) -> None:
+    assert text in str(decode_termination(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [(0x000100, "set 0 (GHCB specification)"), (0x001100, "set 1 (Linux)"), (0x2100, "set 2 (unk")],
+)
+def test_termination_when_shown_names_whose_set_it_is(value: int, name: str) -> None:
+    assert name in str(decode_termination(value))
+
+
+@pytest.mark.parametrize("value", [0xFF0100, 0x0A1100, 0x00F100])
+def test_termination_when_the_code_is_unknown_shows_the_numbers(value: int) -> None:
+    shown = str(decode_termination(value))
+    assert f"set {value >> 12 & 0xF} " in shown
+    assert f"code {value >> 16} (unknown code)" in shown
+
+
+def test_termination_when_higher_bits_are_set_ignores_them() -> None:
+    assert decode_termination(0xFFFF_FFFF_FF02_1100) == Termination(1, 2)
+
+
+# Through the GHCB page: the event carries the page's address, whose low 12 bits are 0.
+@pytest.mark.parametrize("value", [0x0, 0x7FFF_F000, 0x1000, 0x0000_0001_0000_0000])
+def test_termination_when_it_came_through_the_ghcb_page_has_no_reason(value: int) -> None:
+    assert decode_termination(value) == Termination(None, None)
+
+
+def test_termination_when_it_came_through_the_ghcb_page_points_to_the_kernel_log() -> None:
+    assert "kernel log" in str(decode_termination(0x7FFF_F000))
+
+
+@pytest.mark.parametrize("value", [0x001, 0x101, 0x014, 0xFFF])
+def test_termination_when_the_request_is_another_has_no_reason(value: int) -> None:
+    assert decode_termination(value).reason_set is None

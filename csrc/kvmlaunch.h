@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the extension is compiled from: our uAPI declarations and the C side's functions. */
+
+#ifndef KVMLAUNCH_H
+#define KVMLAUNCH_H
+
+#include <errno.h>
+#include <linux/falloc.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include "uapi_kvm.h"
+#pragma pack(push, 1)
+#include "uapi_sev.h"
+#pragma pack(pop)
+#include "uapi_newer.h"
+#include "uapi_proposal.h"
+#include "native.h"
+
+#endif

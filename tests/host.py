@@ -1,0 +1,33 @@
+"""What the machine under the tests has, and what to do where it lacks something.
+
+A test that lacks something skips with a reason. ``KVMLAUNCH_REQUIRE=kvm,headers`` turns
+the skips that concern these words into failures, for machines that must have them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import pytest
+
+from kvmlaunch.errors import IoctlError
+from kvmlaunch.kvm import Kvm
+from kvmlaunch.uapi import RealPlatform
+
+
+def require(what: str, reason: str) -> NoReturn:
+    """Skip the running test; fail it where KVMLAUNCH_REQUIRE names ``what``."""
+    if what in os.environ.get("KVMLAUNCH_REQUIRE", "").replace(",", " ").split():
+        pytest.fail(f"KVMLAUNCH_REQUIRE names {what}, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def require_kvm() -> RealPlatform:
+    """The real platform, where /dev/kvm can be opened."""
+    platform = RealPlatform()
+    try:
+        Kvm.open(platform).close()
+    except IoctlError as error:
+        require("kvm", str(error).splitlines()[0])
+    return platform

@@ -1,0 +1,65 @@
+"""Loaders: an image file becomes a :class:`LaunchPlan`, and nothing else reads images."""
+
+from __future__ import annotations
+
+import os
+
+from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.images import elf, flat, ovmf
+from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece
+from kvmlaunch.images.source import ImageSource, open_image
+
+__all__ = [
+    "ImageSource",
+    "LaunchPlan",
+    "MemoryRegion",
+    "PageRange",
+    "Piece",
+    "PlanOptions",
+    "load_image",
+    "open_image",
+    "sniff",
+]
+
+_LOADERS = {"elf": elf.load, "flat": flat.load, "ovmf": ovmf.load}
+_NOT_YET = {"igvm": "IGVM files", "linux": "Linux kernels (bzImage)"}
+
+_DEFAULTS = PlanOptions()
+
+
+def load_image(
+    image: str | os.PathLike[str] | bytes, options: PlanOptions = _DEFAULTS
+) -> LaunchPlan:
+    """Plan the launch of an image file, or of an image's bytes.
+
+    Raises ImageError, which names the file, where the image can't be launched as
+    ``options`` ask for.
+    """
+    source = ImageSource.of(image) if isinstance(image, bytes) else open_image(image)
+    if not source.data:
+        raise source.fail("the image is empty")
+    kind = sniff(source) if options.image_type == "auto" else options.image_type
+    if kind in _NOT_YET:
+        raise source.fail(f"{_NOT_YET[kind]} can't be launched yet")
+    try:
+        return _LOADERS[kind](source, options)
+    except ImageError:
+        raise
+    except FormatError as error:
+        raise source.fail(error.rule, offset=error.offset) from error
+
+
+def sniff(source: ImageSource) -> str:
+    """The image's type: ``igvm``, ``linux``, ``elf``, ``ovmf`` or else ``flat``."""
+    head = bytes(source.data[:0x206])
+    if head[:4] == b"IGVM":
+        return "igvm"
+    if head[0x1FE:0x200] == b"\x55\xaa" and head[0x202:] == b"HdrS":
+        return "linux"
+    if head[:4] == b"\x7fELF":
+        return "elf"
+    # A firmware volume without OVMF's table is never meant flat: the loader says what it lacks.
+    if ovmf.has_table(source) or head[0x28:0x2C] == b"_FVH":
+        return "ovmf"
+    return "flat"

@@ -1,0 +1,296 @@
+"""ELF64 executables: segments go to their physical addresses, 64-bit start at the entry.
+
+A page that holds bytes of the file is launched as NORMAL (the rest of it is zero); a
+page that only ``p_memsz`` asks for is a ZERO page. Where zeroes of one segment meet
+file bytes of another, the file's bytes win. The file is data from strangers: program
+headers are read one by one with pyelftools, never its higher-level objects, which
+follow more of the file's pointers than a loader needs.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.errors import ImageError
+from kvmlaunch.images.boot64 import boot64
+from kvmlaunch.images.options import PlanOptions, build_plan, outside_memory
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece
+from kvmlaunch.images.source import ImageSource
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
+
+__all__ = ["load"]
+
+_EHDR_SIZE = 64
+_PHDR_SIZE = 56
+_PHDR_FIELDS = ("offset", "vaddr", "paddr", "filesz", "memsz")
+_OFFSET_CLASS, _OFFSET_DATA, _OFFSET_TYPE, _OFFSET_MACHINE = 4, 5, 16, 18
+_OFFSET_ENTRY, _OFFSET_PHOFF, _OFFSET_PHENTSIZE = 24, 32, 54
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A PT_LOAD header: ``index`` in the program headers, ``header`` its file offset."""
+
+    index: int
+    header: int
+    offset: int
+    vaddr: int
+    paddr: int
+    filesz: int
+    memsz: int
+
+    @property
+    def end(self) -> int:
+        return self.paddr + self.memsz
+
+    @property
+    def file_end(self) -> int:
+        return self.paddr + self.filesz
+
+    def __str__(self) -> str:
+        return f"segment {self.index} ({self.paddr:#x}..{self.end:#x})"
+
+
+def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
+    """Plan the launch of an ELF64 executable. Raises ImageError if it breaks a rule."""
+    if options.load_addr is not None:
+        raise source.fail("an ELF image says itself where it is loaded, by its physical addresses")
+    if bytes(source.data[:4]) != b"\x7fELF":
+        raise source.fail("not an ELF file: it doesn't begin with 7f 45 4c 46", offset=0)
+    source.slice(0, _EHDR_SIZE, "the ELF header")
+    memory = options.ram()
+    try:
+        segments, entry = _read_headers(source)
+    except ImageError:
+        raise
+    except Exception as error:  # whatever pyelftools makes of hostile bytes
+        raise source.fail(f"not a readable ELF file: {error or type(error).__name__}") from error
+    _check_segments(source, segments, memory)
+    start = _start_address(source, segments, entry, options.entry)
+    ranges = list(_page_ranges(source, segments))
+    tables, vmsa = boot64(start, memory, ranges, options)
+    return build_plan(
+        source,
+        options,
+        "elf",
+        memory=memory,
+        steps=(tables, *ranges),
+        vcpus=(vmsa,) * options.vcpus,
+    )
+
+
+class _ViewStream(io.RawIOBase):
+    """A binary stream over a memoryview. (io.BytesIO would copy the image.)"""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._data) if size < 0 else self._at + size
+        chunk = bytes(self._data[self._at : end])
+        self._at += len(chunk)
+        return chunk
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+def _read_headers(source: ImageSource) -> tuple[list[_Segment], int]:
+    """The non-empty PT_LOAD segments and e_entry."""
+    from elftools.common.utils import struct_parse
+    from elftools.elf.elffile import ELFFile
+
+    stream = cast("IO[bytes]", _ViewStream(source.data))
+    elf = ELFFile(stream)
+    _check_kind(source, elf)
+    offset, count = elf["e_phoff"], elf["e_phnum"]
+    if count and elf["e_phentsize"] != _PHDR_SIZE:
+        raise source.fail(
+            f"program headers of {elf['e_phentsize']} bytes, not {_PHDR_SIZE}",
+            offset=_OFFSET_PHENTSIZE,
+        )
+    if offset + count * _PHDR_SIZE > len(source.data):
+        raise source.fail(
+            f"{count} program headers at {offset:#x} are outside the file", offset=_OFFSET_PHOFF
+        )
+    headers: list[tuple[int, Any]] = [
+        (at, struct_parse(elf.structs.Elf_Phdr, stream, stream_pos=at))
+        for at in range(offset, offset + count * _PHDR_SIZE, _PHDR_SIZE)
+    ]
+    segments = [
+        _Segment(index, at, *(header[f"p_{name}"] for name in _PHDR_FIELDS))
+        for index, (at, header) in enumerate(headers)
+        if header["p_type"] == "PT_LOAD" and header["p_memsz"] | header["p_filesz"]
+    ]
+    if elf["e_type"] == "ET_DYN":
+        _check_position(source, segments, [header["p_type"] for _, header in headers])
+    return segments, elf["e_entry"]
+
+
+def _check_kind(source: ImageSource, elf: ELFFile) -> None:
+    if elf.elfclass != 64:
+        raise source.fail("a 32-bit ELF file; only ELF64 is loaded", offset=_OFFSET_CLASS)
+    if not elf.little_endian:
+        raise source.fail("a big-endian ELF file; x86-64 is little-endian", offset=_OFFSET_DATA)
+    if elf["e_machine"] != "EM_X86_64":
+        raise source.fail(
+            f"an ELF file for {elf['e_machine']}, not EM_X86_64", offset=_OFFSET_MACHINE
+        )
+    if elf["e_type"] not in ("ET_EXEC", "ET_DYN"):
+        raise source.fail(
+            f"an ELF file of type {elf['e_type']}, not an executable (ET_EXEC)",
+            offset=_OFFSET_TYPE,
+        )
+
+
+def _check_position(source: ImageSource, segments: list[_Segment], types: list[Any]) -> None:
+    """Refuse what only a dynamic linker or a relocating loader could place."""
+    if "PT_INTERP" in types:
+        raise source.fail(
+            "a dynamically linked ELF file: it needs a dynamic linker, link it statically",
+            offset=_OFFSET_TYPE,
+        )
+    if segments and min(segment.paddr for segment in segments) < PAGE_SIZE:
+        raise source.fail(
+            "a position-independent ELF file linked at physical address 0 doesn't say where it "
+            "is loaded; link it at a fixed address (-no-pie)",
+            offset=_OFFSET_TYPE,
+        )
+
+
+def _check_segments(
+    source: ImageSource, segments: list[_Segment], memory: tuple[MemoryRegion, ...]
+) -> None:
+    if not segments:
+        raise source.fail("no PT_LOAD segment, so there is nothing to load", offset=_OFFSET_PHOFF)
+    for segment in segments:
+        if segment.filesz > segment.memsz:
+            raise source.fail(
+                f"{segment} has more bytes in the file ({segment.filesz:#x}) than in memory",
+                offset=segment.header,
+            )
+        if segment.offset + segment.filesz > len(source.data):
+            raise source.fail(
+                f"{segment} ends at file offset {segment.offset + segment.filesz:#x}, "
+                f"the file at {len(source.data):#x}",
+                offset=segment.header,
+            )
+        if outside := outside_memory(memory, segment.paddr, segment.end):
+            raise source.fail(f"{segment} {outside}", offset=segment.header)
+    filled = sorted((s for s in segments if s.filesz), key=lambda segment: segment.paddr)
+    for left, right in pairwise(filled):
+        if left.file_end > right.paddr:
+            raise source.fail(
+                f"the file's bytes of {right} overlap those of {left}", offset=right.header
+            )
+
+
+def _start_address(
+    source: ImageSource, segments: list[_Segment], e_entry: int, chosen: int | None
+) -> int:
+    """The entry point as a physical address, which is how it may be given already."""
+    entry = e_entry if chosen is None else chosen
+    for segment in segments:
+        if segment.paddr <= entry < segment.end:
+            return entry
+    for segment in segments:
+        if segment.vaddr <= entry < segment.vaddr + segment.memsz:
+            return entry - segment.vaddr + segment.paddr
+    raise source.fail(
+        f"the entry point {entry:#x} is in no loaded segment",
+        offset=_OFFSET_ENTRY if chosen is None else None,
+    )
+
+
+def _page_ranges(source: ImageSource, segments: list[_Segment]) -> Iterator[PageRange]:
+    """Ranges in ascending order: file contents, and what is left as zero pages."""
+    filled = list(_filled_ranges(source, segments))
+    bare = _without(_merge((s.paddr, s.end) for s in segments), [(r.gpa, r.end) for r in filled])
+    zero = [
+        PageRange(start, end - start, PageType.ZERO, "bss", f"{source.basename} bss")
+        for start, end in bare
+    ]
+    yield from sorted([*filled, *zero], key=lambda step: step.gpa)
+
+
+def _filled_ranges(source: ImageSource, segments: list[_Segment]) -> Iterator[PageRange]:
+    """One range per run of segments that share pages."""
+    run: list[_Segment] = []
+    for segment in sorted((s for s in segments if s.filesz), key=lambda s: s.paddr):
+        if run and _page_down(segment.paddr) >= _page_up(run[-1].file_end):
+            yield _filled_range(source, run)
+            run = []
+        run.append(segment)
+    if run:
+        yield _filled_range(source, run)
+
+
+def _filled_range(source: ImageSource, run: list[_Segment]) -> PageRange:
+    gpa = _page_down(run[0].paddr)
+    pieces = tuple(
+        Piece(
+            segment.paddr - gpa,
+            source.data[segment.offset : segment.offset + segment.filesz],
+            source.basename,
+            segment.offset,
+        )
+        for segment in run
+    )
+    indices = ",".join(str(segment.index) for segment in run)
+    return PageRange(
+        gpa,
+        _page_up(run[-1].file_end) - gpa,
+        PageType.NORMAL,
+        "segment",
+        f"{source.basename} segment[{indices}]",
+        pieces,
+    )
+
+
+def _merge(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The pages that ``spans`` touch, as sorted spans that don't touch each other."""
+    start = end = 0
+    for low, high in sorted((_page_down(low), _page_up(high)) for low, high in spans):
+        if low > end:
+            if start < end:
+                yield start, end
+            start, end = low, high
+        end = max(end, high)
+    if start < end:
+        yield start, end
+
+
+def _without(
+    spans: Iterable[tuple[int, int]], taken: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """``spans`` minus ``taken``; both are sorted and free of overlaps."""
+    at = 0
+    for start, end in spans:
+        while at < len(taken) and taken[at][0] < end:
+            if start < taken[at][0]:
+                yield start, taken[at][0]
+            start = max(start, taken[at][1])
+            at += 1
+        if start < end:
+            yield start, end
+
+
+def _page_down(address: int) -> int:
+    return address // PAGE_SIZE * PAGE_SIZE
+
+
+def _page_up(address: int) -> int:
+    return -(-address // PAGE_SIZE) * PAGE_SIZE

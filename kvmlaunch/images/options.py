@@ -1,0 +1,167 @@
+"""What a user may choose about a launch, whatever the image's format is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.abi.policy import DEFAULT_POLICY
+from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.errors import FormatError
+from kvmlaunch.images.plan import (
+    LaunchPlan,
+    MemoryRegion,
+    PageRange,
+    check_identity,
+    ram_regions,
+)
+from kvmlaunch.images.source import ImageSource
+
+__all__ = [
+    "DEFAULT_MEMORY",
+    "DEFAULT_SIGNATURE",
+    "IMAGE_TYPES",
+    "MAX_VCPUS",
+    "PlanOptions",
+    "build_plan",
+    "outside_memory",
+]
+
+DEFAULT_MEMORY = 256 << 20
+"""RAM of a guest whose memory size nobody chose."""
+DEFAULT_SIGNATURE = 0x800F12
+"""CPUID signature of QEMU's EPYC-v4, which sev-snp-measure's users mostly name."""
+IMAGE_TYPES = ("auto", "flat", "elf", "ovmf")
+MAX_VCPUS = 4096
+
+SNP_ACTIVE = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Choices for :func:`kvmlaunch.images.load_image`. FormatError if one makes no sense.
+
+    Attributes:
+        image_type: one of ``IMAGE_TYPES``; ``auto`` looks into the file.
+        vcpus: number of vCPUs.
+        memory: guest RAM in bytes; None leaves it to the loader (256 MiB).
+        policy: guest policy (u64).
+        host_data: 32 bytes for SNP_LAUNCH_FINISH.
+        id_block, id_auth: 96 and 4096 bytes, both or none.
+        author_key_enabled: the author key in id_auth counts.
+        sev_features: SEV_FEATURES of every VMSA (bit 0 = SNP active).
+        signature: CPUID leaf 1 EAX of the CPU model, in RDX at reset.
+        load_addr, entry: where a flat image goes and starts (entry: ELF too).
+        confidential: False plans for a plain VM, whose page tables have no C-bit.
+        cbitpos: position of the C-bit (CPUID 0x8000001F EBX bits 5:0).
+    """
+
+    image_type: str = "auto"
+    vcpus: int = 1
+    memory: int | None = None
+    policy: int = DEFAULT_POLICY
+    host_data: bytes = bytes(32)
+    id_block: bytes | None = None
+    id_auth: bytes | None = None
+    author_key_enabled: bool = False
+    sev_features: int = SNP_ACTIVE
+    signature: int = DEFAULT_SIGNATURE
+    load_addr: int | None = None
+    entry: int | None = None
+    confidential: bool = True
+    cbitpos: int = 51
+
+    def __post_init__(self) -> None:
+        """Refuse what no launch could use."""
+        if self.image_type not in IMAGE_TYPES:
+            raise FormatError(
+                f"unknown image type {self.image_type!r}, known are {', '.join(IMAGE_TYPES)}"
+            )
+        if self.vcpus < 1:
+            raise FormatError("a guest needs at least one vCPU")
+        if self.vcpus > MAX_VCPUS:
+            raise FormatError(f"a guest has at most {MAX_VCPUS} vCPUs, not {self.vcpus}")
+        if not 32 <= self.cbitpos <= 63:
+            raise FormatError(f"the C-bit is one of the address bits 32 to 63, not {self.cbitpos}")
+        if self.confidential and not self.sev_features & SNP_ACTIVE:
+            raise FormatError(
+                f"SEV features {self.sev_features:#x} lack bit 0 (SNP active), "
+                "which every SNP guest has"
+            )
+        for what, value, bits in (
+            ("policy", self.policy, 64),
+            ("SEV features", self.sev_features, 64),
+            ("CPU signature", self.signature, 32),
+            ("load address", self.load_addr or 0, 64),
+            ("entry point", self.entry or 0, 64),
+        ):
+            if not 0 <= value < 1 << bits:
+                raise FormatError(f"the {what} {value:#x} doesn't fit into {bits} bits")
+        check_identity(self.host_data, self.id_block, self.id_auth)
+        if self.author_key_enabled and self.id_auth is None:
+            raise FormatError("an author key is part of the ID authentication, which is missing")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if self.memory is None:
+            return
+        if self.memory <= 0 or self.memory % PAGE_SIZE:
+            raise FormatError(
+                f"guest memory of {self.memory} bytes is not a positive number of 4 KiB pages"
+            )
+        end = ram_regions(self.memory)[-1].end
+        if self.confidential and end > 1 << self.cbitpos:
+            raise FormatError(
+                f"guest memory of {self.memory:#x} bytes ends at GPA {end:#x}, "
+                f"beyond the C-bit (bit {self.cbitpos})"
+            )
+
+    @property
+    def c_bit(self) -> int:
+        """The C-bit as a mask, 0 in a plain VM."""
+        return 1 << self.cbitpos if self.confidential else 0
+
+    def ram(self) -> tuple[MemoryRegion, ...]:
+        """The guest's RAM: as chosen, else ``DEFAULT_MEMORY``."""
+        return ram_regions(DEFAULT_MEMORY if self.memory is None else self.memory)
+
+
+def build_plan(
+    source: ImageSource,
+    options: PlanOptions,
+    image_type: str,
+    *,
+    memory: Sequence[MemoryRegion],
+    steps: Sequence[PageRange],
+    vcpus: Sequence[Vmsa],
+    apic: bool = False,
+) -> LaunchPlan:
+    """A LaunchPlan of ``source`` with everything that the options say directly.
+
+    Raises FormatError where the parts don't fit together (see ``plan.py``).
+    """
+    return LaunchPlan(
+        image=source.name,
+        image_type=image_type,
+        data=source.data,
+        memory=tuple(sorted(memory, key=lambda region: region.gpa)),
+        steps=tuple(steps),
+        vcpus=tuple(vcpus),
+        policy=options.policy,
+        sev_features=options.sev_features,
+        host_data=options.host_data,
+        id_block=options.id_block,
+        id_auth=options.id_auth,
+        author_key_enabled=options.author_key_enabled,
+        apic=apic,
+        confidential=options.confidential,
+    )
+
+
+def outside_memory(memory: Sequence[MemoryRegion], gpa: int, end: int) -> str | None:
+    """None if one region holds ``gpa..end``, else the end of a sentence that says it doesn't."""
+    if any(region.gpa <= gpa and end <= region.end for region in memory):
+        return None
+    regions = ", ".join(f"{region.gpa:#x}..{region.end:#x}" for region in memory)
+    return f"is outside the guest's memory ({regions})"

@@ -1,0 +1,273 @@
+"""LaunchPlan: everything that a launch does, as frozen data.
+
+Loaders make plans; measure and launch only read them. A plan holds views of the
+mapped image files and never copies page contents.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.abi.policy import DEFAULT_POLICY
+from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.errors import FormatError
+
+__all__ = [
+    "HIGH_MEMORY",
+    "LOW_MEMORY_END",
+    "LaunchPlan",
+    "MemoryRegion",
+    "PageRange",
+    "Piece",
+    "check_identity",
+    "ram_regions",
+]
+
+LOW_MEMORY_END = 0xC000_0000
+"""RAM above this size continues at 4 GiB, as on QEMU's q35 with more than 3 GiB."""
+HIGH_MEMORY = 0x1_0000_0000
+
+_GPA_LIMIT = 1 << 51
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes inside a PageRange.
+
+    Attributes: ``offset`` (bytes from the range's start), ``data`` (a view),
+    ``origin`` (file name, or ``kvmlaunch:WHAT`` for what no file holds) and
+    ``file_offset`` (of ``data`` in that file).
+    """
+
+    offset: int
+    data: memoryview = field(repr=False)
+    origin: str
+    file_offset: int = 0
+
+    @property
+    def end(self) -> int:
+        """First offset behind the piece."""
+        return self.offset + len(self.data)
+
+
+@dataclass(frozen=True)
+class PageRange:
+    """Successive pages of one type, launched in ascending order.
+
+    ``pieces`` are sorted and don't overlap; what they leave out is zero. Types
+    whose contents the guest or firmware supplies (ZERO, SECRETS, CPUID) have none.
+    ``origin`` names where a page without a piece comes from.
+    """
+
+    gpa: int
+    size: int
+    type: PageType
+    label: str
+    origin: str
+    pieces: tuple[Piece, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a range that no launch update could take."""
+        where = f"{self.label} at GPA {self.gpa:#x}"
+        if self.gpa % PAGE_SIZE or self.size % PAGE_SIZE:
+            raise FormatError(f"{where}, {self.size:#x} bytes: not aligned to 4 KiB pages")
+        if self.size <= 0:
+            raise FormatError(f"{where} has no pages")
+        if self.gpa < 0 or self.gpa + self.size > _GPA_LIMIT:
+            raise FormatError(f"{where} ends beyond the 51 address bits below the C-bit")
+        end = 0
+        for piece in self.pieces:
+            if piece.offset < end or piece.end > self.size:
+                raise FormatError(f"{where}: its pieces overlap or leave the range")
+            end = piece.end
+
+    @property
+    def end(self) -> int:
+        """First GPA behind the range."""
+        return self.gpa + self.size
+
+    @property
+    def npages(self) -> int:
+        """Number of 4 KiB pages."""
+        return self.size // PAGE_SIZE
+
+    def page(self, index: int) -> memoryview:
+        """The 4096 bytes of page ``index``: a view where one piece covers the page."""
+        start = index * PAGE_SIZE
+        page = bytearray(PAGE_SIZE)
+        for piece in self._pieces_of(index):
+            low, high = max(piece.offset, start), min(piece.end, start + PAGE_SIZE)
+            data = piece.data[low - piece.offset : high - piece.offset]
+            if len(data) == PAGE_SIZE:
+                return data
+            page[low - start : high - start] = data
+        return memoryview(page).toreadonly()
+
+    def span(self, index: int, count: int) -> memoryview | None:
+        """``count`` pages from ``index`` as one view, or None where no single piece has them."""
+        start, end = index * PAGE_SIZE, (index + count) * PAGE_SIZE
+        for piece in self._pieces_of(index):
+            if piece.offset <= start and end <= piece.end:
+                return piece.data[start - piece.offset : end - piece.offset]
+        return None
+
+    def origin_of(self, index: int) -> str:
+        """Where page ``index`` comes from: ``FILE+0xOFFSET``, or the range's origin."""
+        start = index * PAGE_SIZE
+        for piece in self._pieces_of(index):
+            if piece.origin.startswith("kvmlaunch:"):
+                return piece.origin
+            return f"{piece.origin}+{piece.file_offset + max(start - piece.offset, 0):#x}"
+        return self.origin
+
+    def _pieces_of(self, index: int) -> Iterator[Piece]:
+        """The pieces that have bytes in page ``index`` (an image may have 65534 of them)."""
+        start, end = index * PAGE_SIZE, (index + 1) * PAGE_SIZE
+        at = bisect_right(self.pieces, start, key=lambda piece: piece.offset) - 1
+        for n in range(max(at, 0), len(self.pieces)):
+            piece = self.pieces[n]
+            if piece.offset >= end:
+                return
+            if piece.offset < piece.end and piece.end > start:
+                yield piece
+
+
+@dataclass(frozen=True)
+class MemoryRegion:
+    """Guest memory that is backed by RAM: ``gpa``, ``size`` in bytes, ``label``."""
+
+    gpa: int
+    size: int
+    label: str
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a positive number of pages."""
+        if self.gpa % PAGE_SIZE or self.size % PAGE_SIZE or self.size <= 0:
+            raise FormatError(
+                f"memory {self.label} at GPA {self.gpa:#x}, {self.size:#x} bytes: "
+                "not a positive number of 4 KiB pages"
+            )
+
+    @property
+    def end(self) -> int:
+        """First GPA behind the region."""
+        return self.gpa + self.size
+
+
+def ram_regions(size: int) -> tuple[MemoryRegion, ...]:
+    """RAM of ``size`` bytes from GPA 0, with the hole below 4 GiB left free."""
+    if size <= LOW_MEMORY_END:
+        return (MemoryRegion(0, size, "ram"),)
+    return (
+        MemoryRegion(0, LOW_MEMORY_END, "ram"),
+        MemoryRegion(HIGH_MEMORY, size - LOW_MEMORY_END, "ram-high"),
+    )
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What will be launched, in the order of the launch.
+
+    Attributes:
+        image: name of the image, for people.
+        image_type: ``flat``, ``elf``, ``ovmf``, …
+        data: the image's bytes (for its SHA-256 in the log header).
+        memory: guest RAM, sorted by GPA.
+        steps: page ranges in launch order.
+        vcpus: wanted initial state of each vCPU, in creation order.
+        policy: guest policy (u64), see :mod:`kvmlaunch.abi.policy`.
+        sev_features: what every VMSA's SEV_FEATURES must hold (bit 0 = SNP active).
+        host_data: 32 bytes for SNP_LAUNCH_FINISH.
+        id_block, id_auth: 96 and 4096 bytes, or None.
+        author_key_enabled: the ID authentication holds an author key that counts.
+        confidential: False for a plan made for a plain VM (no C-bit in page tables).
+        apic: the guest expects in-kernel APICs (firmware does; then HLT waits for an
+            interrupt instead of ending the run).
+    """
+
+    image: str
+    image_type: str
+    data: memoryview = field(repr=False)
+    memory: tuple[MemoryRegion, ...]
+    steps: tuple[PageRange, ...]
+    vcpus: tuple[Vmsa, ...] = field(repr=False)
+    policy: int = DEFAULT_POLICY
+    sev_features: int = 1
+    host_data: bytes = bytes(32)
+    id_block: bytes | None = None
+    id_auth: bytes | None = None
+    author_key_enabled: bool = False
+    confidential: bool = True
+    apic: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse parts that don't fit together."""
+        if not self.vcpus:
+            raise FormatError("a guest needs at least one vCPU")
+        check_identity(self.host_data, self.id_block, self.id_auth)
+        _check_regions(self.memory)
+        _check_steps(self.steps, self.memory)
+
+    @property
+    def npages(self) -> int:
+        """Number of 4 KiB pages that the steps launch (VMSAs not counted)."""
+        return sum(step.npages for step in self.steps)
+
+    def pages(self) -> Iterator[tuple[PageRange, int]]:
+        """Every page in launch order, as (range, index in it)."""
+        for step in self.steps:
+            for index in range(step.npages):
+                yield step, index
+
+    def step_at(self, gpa: int) -> PageRange | None:
+        """The page range that holds ``gpa``, or None."""
+        return next((step for step in self.steps if step.gpa <= gpa < step.end), None)
+
+    def __str__(self) -> str:
+        """One line: image, number of pages and vCPUs, memory, policy."""
+        return (
+            f"{self.image} ({self.image_type}): {self.npages} pages in {len(self.steps)} steps, "
+            f"{len(self.vcpus)} vCPU, {sum(m.size for m in self.memory) >> 20} MiB, "
+            f"policy {self.policy:#x}"
+        )
+
+
+def check_identity(host_data: bytes, id_block: bytes | None, id_auth: bytes | None) -> None:
+    """Check the sizes of what SNP_LAUNCH_FINISH takes; FormatError if one is wrong."""
+    if len(host_data) != 32:
+        raise FormatError(f"host data is 32 bytes, not {len(host_data)}")
+    if id_block is not None and len(id_block) != 96:
+        raise FormatError(f"an ID block is 96 bytes, not {len(id_block)}")
+    if id_auth is not None and len(id_auth) != PAGE_SIZE:
+        raise FormatError(f"ID authentication is 4096 bytes, not {len(id_auth)}")
+    if (id_block is None) != (id_auth is None):
+        raise FormatError("an ID block and its ID authentication are given together")
+
+
+def _check_regions(memory: tuple[MemoryRegion, ...]) -> None:
+    for left, right in itertools.pairwise(memory):
+        if left.end > right.gpa:
+            raise FormatError(
+                f"memory {left.label} ({left.gpa:#x}..{left.end:#x}) overlaps or is not sorted "
+                f"before {right.label} ({right.gpa:#x}..{right.end:#x})"
+            )
+
+
+def _check_steps(steps: tuple[PageRange, ...], memory: tuple[MemoryRegion, ...]) -> None:
+    by_gpa = sorted(steps, key=lambda step: step.gpa)
+    for left, right in itertools.pairwise(by_gpa):
+        if left.end > right.gpa:
+            raise FormatError(
+                f"{left.label} ({left.gpa:#x}..{left.end:#x}, {left.origin}) overlaps "
+                f"{right.label} ({right.gpa:#x}..{right.end:#x}, {right.origin})"
+            )
+    for step in steps:
+        if not any(region.gpa <= step.gpa and step.end <= region.end for region in memory):
+            raise FormatError(
+                f"{step.label} ({step.gpa:#x}..{step.end:#x}, {step.origin}) is outside "
+                "the guest's memory"
+            )

@@ -1,0 +1,72 @@
+"""Image bytes without copies: a file is mapped, and everything else is views of the map."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmlaunch.errors import ImageError
+
+__all__ = ["ImageSource", "open_image"]
+
+_STREAM_LIMIT = 256 << 20
+"""What can't be mapped is read into memory, up to this many bytes."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The bytes of one image and the name to use in messages.
+
+    Attributes: ``name`` (path as the user gave it, or ``<bytes>``), ``data``
+    (read-only view; the file mapping lives as long as a view of it does).
+    """
+
+    name: str
+    data: memoryview
+
+    @classmethod
+    def of(cls, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> ImageSource:
+        """Wrap bytes that are already in memory."""
+        return cls(name, memoryview(data).cast("B").toreadonly())
+
+    @property
+    def basename(self) -> str:
+        """The name without its directories, for page origins (the same on every machine)."""
+        return os.path.basename(self.name)
+
+    def fail(self, rule: str, *, offset: int | None = None) -> ImageError:
+        """An ImageError that names this image (to be raised by the caller)."""
+        return ImageError(self.name, rule, offset=offset)
+
+    def slice(self, offset: int, size: int, what: str) -> memoryview:
+        """A view of ``size`` bytes at ``offset``; ImageError if the image ends before."""
+        if offset < 0 or size < 0 or offset + size > len(self.data):
+            raise self.fail(
+                f"{what} needs {size:#x} bytes, the image ends at {len(self.data):#x}",
+                offset=max(offset, 0),
+            )
+        return self.data[offset : offset + size]
+
+
+def open_image(path: str | os.PathLike[str]) -> ImageSource:
+    """Map ``path`` read-only. Raises ImageError if it can't be read or is empty."""
+    name = os.fspath(path)
+    try:
+        with Path(name).open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and os.fstat(file.fileno()).st_size:
+                return ImageSource(
+                    name, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                )
+            data = file.read(_STREAM_LIMIT + 1)
+    except OSError as error:
+        raise ImageError(name, f"can't be read: {error.strerror or error}") from None
+    if not data:
+        raise ImageError(name, "the image is empty")
+    if len(data) > _STREAM_LIMIT:
+        limit = _STREAM_LIMIT >> 20
+        raise ImageError(name, f"more than {limit} MiB from what isn't a regular file")
+    return ImageSource.of(data, name)

@@ -1,0 +1,36 @@
+"""Fixtures for every test folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvmlaunch.uapi import RealPlatform
+from tests import debian
+from tests import guests as guest_builder
+from tests.host import require_kvm
+
+
+@pytest.fixture(scope="session")
+def guests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with hello.elf, halt.elf and misbehave.elf."""
+    return guest_builder.build(tmp_path_factory.mktemp("guests"))
+
+
+@pytest.fixture(scope="session")
+def ovmf() -> Path:
+    """Debian's OVMF.fd."""
+    return debian.ovmf()
+
+
+@pytest.fixture(scope="session")
+def ovmf_code_4m() -> Path:
+    """Debian's OVMF_CODE_4M.fd, a build that SNP can't launch."""
+    return debian.ovmf_code_4m()
+
+
+@pytest.fixture
+def real_kvm() -> RealPlatform:
+    """This machine's /dev/kvm, where it can be opened."""
+    return require_kvm()

@@ -1,0 +1,9 @@
+"""Simulated SNP host: kernel side, secure processor and RMP. It never claims to be hardware."""
+
+from __future__ import annotations
+
+from kvmlaunch.sim.faults import Faults
+from kvmlaunch.sim.platform import SimPlatform
+from kvmlaunch.sim.profiles import KernelProfile
+
+__all__ = ["Faults", "KernelProfile", "SimPlatform"]

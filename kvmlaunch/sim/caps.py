@@ -1,0 +1,100 @@
+"""KVM_CHECK_EXTENSION: what a capability is worth, on /dev/kvm and on a VM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmlaunch.sim.host import Host
+from kvmlaunch.uapi import lib
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vm import Vm
+
+__all__ = [
+    "MAX_VCPUS",
+    "MAX_VCPU_ID",
+    "VCPU_MMAP_SIZE",
+    "VM_TYPES",
+    "system_capability",
+    "vm_capability",
+]
+
+VM_TYPES = 1 << lib.KVM_X86_DEFAULT_VM | 1 << lib.KVM_X86_SNP_VM
+"""Types of KVM_CREATE_VM. SEV and SEV-ES aren't simulated, so they aren't offered."""
+
+VCPU_MMAP_SIZE = 3 * 4096
+"""kvm_run, the PIO data page and the coalesced MMIO ring."""
+
+MAX_VCPUS = 1024
+MAX_VCPU_ID = 4 * MAX_VCPUS
+
+_MEMSLOTS = 32764
+_NR_VCPUS = 2
+_SYNC_REGS = lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS | lib.KVM_SYNC_X86_EVENTS
+_XSAVE2_MIN = 4096
+
+_PLAIN = {
+    lib.KVM_CAP_IRQCHIP: 1,
+    lib.KVM_CAP_USER_MEMORY: 1,
+    lib.KVM_CAP_SET_TSS_ADDR: 1,
+    lib.KVM_CAP_EXT_CPUID: 1,
+    lib.KVM_CAP_NR_VCPUS: _NR_VCPUS,
+    lib.KVM_CAP_NR_MEMSLOTS: _MEMSLOTS,
+    lib.KVM_CAP_MP_STATE: 1,
+    lib.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
+    lib.KVM_CAP_VCPU_EVENTS: 1,
+    lib.KVM_CAP_DEBUGREGS: 1,
+    lib.KVM_CAP_XSAVE: 1,
+    lib.KVM_CAP_XCRS: 1,
+    lib.KVM_CAP_TSC_CONTROL: 1,
+    lib.KVM_CAP_MAX_VCPUS: MAX_VCPUS,
+    lib.KVM_CAP_SYNC_REGS: _SYNC_REGS,
+    lib.KVM_CAP_READONLY_MEM: 1,
+    lib.KVM_CAP_ENABLE_CAP_VM: 1,
+    lib.KVM_CAP_X86_SMM: 1,
+    lib.KVM_CAP_SPLIT_IRQCHIP: 1,
+    lib.KVM_CAP_MAX_VCPU_ID: MAX_VCPU_ID,
+    lib.KVM_CAP_IMMEDIATE_EXIT: 1,
+    lib.KVM_CAP_GET_MSR_FEATURES: 1,
+    lib.KVM_CAP_X86_USER_SPACE_MSR: 1,
+    lib.KVM_CAP_SREGS2: 1,
+    lib.KVM_CAP_EXIT_HYPERCALL: 1 << lib.KVM_HC_MAP_GPA_RANGE,
+    lib.KVM_CAP_XSAVE2: _XSAVE2_MIN,
+    lib.KVM_CAP_SYS_ATTRIBUTES: 1,
+    lib.KVM_CAP_VM_TSC_CONTROL: 1,
+    lib.KVM_CAP_SYSTEM_EVENT_DATA: 1,
+    lib.KVM_CAP_USER_MEMORY2: 1,
+    lib.KVM_CAP_MEMORY_FAULT_INFO: 1,
+    lib.KVM_CAP_MEMORY_ATTRIBUTES: lib.KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    lib.KVM_CAP_GUEST_MEMFD: 1,
+    lib.KVM_CAP_VM_TYPES: VM_TYPES,
+    lib.KVM_CAP_PRE_FAULT_MEMORY: 1,
+    lib.KVM_CAP_X86_APIC_BUS_CYCLES_NS: 1,
+    lib.KVM_CAP_X86_GUEST_MODE: 1,
+}
+
+
+def system_capability(host: Host, cap: int) -> int:
+    """The answer on /dev/kvm; 0 for what nobody knows."""
+    if cap == lib.KVM_CAP_GUEST_MEMFD_FLAGS:
+        return host.profile.guest_memfd_flags
+    if cap == lib.KVM_CAP_DISABLE_QUIRKS2:
+        return host.profile.quirks
+    return int(_PLAIN.get(cap, 0))
+
+
+def vm_capability(vm: Vm, cap: int) -> int:
+    """The answer on a VM, which may differ."""
+    if cap == lib.KVM_CAP_SYNC_REGS:
+        return vm.sync_regs
+    if cap == lib.KVM_CAP_READONLY_MEM:
+        return int(not vm.is_snp_type)
+    if cap == lib.KVM_CAP_X86_SMM:
+        return int(not vm.sev.active)
+    if cap == lib.KVM_CAP_MEMORY_ATTRIBUTES:
+        return vm.memory_attributes
+    if cap == lib.KVM_CAP_GUEST_MEMFD:
+        return int(vm.guest_memfd_slots)
+    if cap == lib.KVM_CAP_GUEST_MEMFD_FLAGS:
+        return vm.guest_memfd_flags
+    return system_capability(vm.host, cap)

@@ -1,0 +1,79 @@
+"""KVM_ENABLE_CAP on a VM (x86.c: kvm_vm_ioctl_enable_cap)."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from kvmlaunch.sim import caps, irq
+from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.uapi import lib
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vm import Vm
+
+__all__ = ["enable_cap"]
+
+_MSR_EXIT_REASONS = (
+    lib.KVM_MSR_EXIT_REASON_INVAL | lib.KVM_MSR_EXIT_REASON_UNKNOWN | lib.KVM_MSR_EXIT_REASON_FILTER
+)
+
+
+def enable_cap(vm: Vm, cap: Any) -> int:
+    """Enable ``struct kvm_enable_cap``; an unknown one is EINVAL, as are flags."""
+    if cap.flags:
+        refuse(errno.EINVAL)
+    handler = {
+        lib.KVM_CAP_SPLIT_IRQCHIP: _split_irqchip,
+        lib.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
+        lib.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks,
+        lib.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
+        lib.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
+        lib.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
+    }.get(cap.cap)
+    if handler is None:
+        refuse(errno.EINVAL)
+    handler(vm, cap.args[0])
+    return 0
+
+
+def _split_irqchip(vm: Vm, routes: int) -> None:
+    if routes > irq.MAX_ROUTES:
+        refuse(errno.EINVAL)
+    if vm.irq.in_kernel or vm.vcpus:
+        refuse(errno.EEXIST)
+    vm.irq.split = True
+
+
+def _exit_hypercall(vm: Vm, hypercalls: int) -> None:
+    if hypercalls & ~(1 << lib.KVM_HC_MAP_GPA_RANGE):
+        refuse(errno.EINVAL)
+    vm.hypercall_exits = hypercalls
+
+
+def _disable_quirks(vm: Vm, quirks: int) -> None:
+    if quirks & ~vm.host.profile.quirks:
+        refuse(errno.EINVAL)
+    vm.disabled_quirks |= quirks
+
+
+def _user_space_msr(vm: Vm, reasons: int) -> None:
+    if reasons & ~_MSR_EXIT_REASONS:
+        refuse(errno.EINVAL)
+
+
+def _max_vcpu_id(vm: Vm, limit: int) -> None:
+    if limit > caps.MAX_VCPU_ID or vm.bsp_id >= limit:
+        refuse(errno.EINVAL)
+    if vm.max_vcpu_ids not in (None, limit):
+        refuse(errno.EINVAL)
+    vm.max_vcpu_ids = limit
+
+
+def _apic_bus_cycles(vm: Vm, nanoseconds: int) -> None:
+    if not nanoseconds:
+        refuse(errno.EINVAL)
+    if not vm.irq.in_kernel:
+        refuse(errno.ENXIO)
+    if vm.vcpus:
+        refuse(errno.EINVAL)

@@ -1,0 +1,110 @@
+"""The machine under the simulated kernel, and what the kernel keeps for all VMs."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import cast
+
+from kvmlaunch.sim.cpumodel import cpu_model
+from kvmlaunch.sim.faults import Faults
+from kvmlaunch.sim.fdtable import FdTable
+from kvmlaunch.sim.firmware import SecureProcessor
+from kvmlaunch.sim.firmware_profiles import Product, firmware_profile
+from kvmlaunch.sim.memory import PhysicalMemory
+from kvmlaunch.sim.profiles import KernelProfile
+from kvmlaunch.sim.psp import Psp
+from kvmlaunch.sim.rmp import Rmp
+from kvmlaunch.sim.uaccess import ProcessMemory, UserMemory, refuse
+
+__all__ = ["AsidPool", "Host"]
+
+
+class AsidPool:
+    """ASIDs for SNP guests: 1 to ``last`` (sev.c: sev_asid_new, sev_asid_free).
+
+    A freed ASID may be used again only after a flush, and KVM flushes only when it has
+    run out: so the numbers go up until then.
+    """
+
+    def __init__(self, last: int, flush: Callable[[], object]) -> None:
+        self._last = last
+        self._flush = flush
+        self._used: set[int] = set()
+        self._reclaim: set[int] = set()
+
+    def take(self) -> int:
+        """The lowest free ASID. ENOTTY where the host has none, EBUSY where all are taken."""
+        if self._last < 1:
+            refuse(errno.ENOTTY)
+        if len(self._used) == self._last and self._reclaim:
+            self._flush()
+            self._used -= self._reclaim
+            self._reclaim.clear()
+        if len(self._used) == self._last:
+            refuse(errno.EBUSY)
+        asid = next(n for n in range(1, self._last + 1) if n not in self._used)
+        self._used.add(asid)
+        return asid
+
+    def give_back(self, asid: int) -> None:
+        """Free an ASID."""
+        self._reclaim.add(asid)
+
+
+class Host:
+    """CPU, memory, RMP and secure processor; fd table, profile and faults of the kernel."""
+
+    def __init__(
+        self,
+        profile: KernelProfile,
+        faults: Faults,
+        product: str,
+        random: Callable[[int], bytes],
+        user: UserMemory | None = None,
+    ) -> None:
+        self.profile = profile
+        self.faults = faults
+        self.user: UserMemory = ProcessMemory() if user is None else user
+        self.fds = FdTable()
+        self.cpu = cpu_model(product)
+        self.cpuid = self.cpu.supported_cpuid()
+        self.memory = PhysicalMemory()
+        self.rmp = Rmp()
+        firmware = firmware_profile(cast(Product, product))
+        self.policy_bits = firmware.policy_bits
+        self.tsc_khz = firmware.tsc_khz
+        self.processor = SecureProcessor(
+            firmware, self.memory, self.rmp, model=self.cpu, random=random
+        )
+        self.processor.init()
+        self.psp = Psp(self.processor, self.memory, faults)
+        self.asids = AsidPool(self.cpu.max_snp_asid, self.processor.df_flush)
+
+    @property
+    def phys_bits(self) -> int:
+        """Width of a physical address on the bare CPU."""
+        leaf = self.cpu.hardware_cpuid(0x80000008)
+        return leaf[0] & 0xFF if leaf else 36
+
+    @property
+    def supported_xcr0(self) -> int:
+        """XCR0 bits that guests may have: leaf 0xD, sub-leaf 0."""
+        for leaf in self.cpuid:
+            if leaf.function == 0xD and leaf.index == 0:
+                return leaf.eax | leaf.edx << 32
+        return 1
+
+    @property
+    def xsave_components(self) -> dict[int, tuple[int, int]]:
+        """XSAVE components beyond x87 and SSE: number -> (offset, size)."""
+        leaves = [leaf for leaf in self.cpuid if leaf.function == 0xD and leaf.index >= 2]
+        return {leaf.index: (leaf.ebx, leaf.eax) for leaf in leaves}
+
+    @property
+    def supported_xss(self) -> int:
+        """IA32_XSS bits that guests may have: leaf 0xD, sub-leaf 1."""
+        for leaf in self.cpuid:
+            if leaf.function == 0xD and leaf.index == 1:
+                return leaf.ecx | leaf.edx << 32
+        return 0

@@ -1,0 +1,101 @@
+"""Model-specific registers: which exist, where they live, and the batch ioctls."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
+from kvmlaunch.uapi import ffi
+
+__all__ = ["FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "VMCB", "transfer"]
+
+_MAX_BATCH = 256
+_ENTRY = ffi.sizeof("struct kvm_msr_entry")
+
+EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
+FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
+
+VMCB: Mapping[int, str] = MappingProxyType(
+    {
+        0xC0000081: "star",
+        0xC0000082: "lstar",
+        0xC0000083: "cstar",
+        0xC0000084: "sfmask",
+        0xC0000102: "kernel_gs_base",
+        0x174: "sysenter_cs",
+        0x175: "sysenter_esp",
+        0x176: "sysenter_eip",
+        PAT: "g_pat",
+        DEBUGCTL: "dbgctl",
+        0x1DB: "br_from",
+        0x1DC: "br_to",
+        0x1DD: "last_excp_from",
+        0x1DE: "last_excp_to",
+        0x48: "spec_ctrl",
+    }
+)
+"""MSR -> field of the VMCB save area that holds it."""
+
+PLAIN: Mapping[int, int] = MappingProxyType(
+    {
+        0x10: 0,  # TSC
+        0x3B: 0,  # TSC_ADJUST
+        0x17A: 0,  # MCG_STATUS
+        0x1A0: 0x1,  # MISC_ENABLE
+        0x2FF: 0,  # MTRR default type
+        TSC_AUX: 0,
+        0xC0010015: 0,  # HWCR
+        0x4B564D00: 0,  # KVM wall clock
+        0x4B564D01: 0,  # KVM system time
+    }
+)
+"""MSR -> reset value, kept by KVM and never in the VMSA."""
+
+PASSED_THROUGH = frozenset({*VMCB, EFER, XSS, FS_BASE, GS_BASE})
+"""MSRs that a running SNP guest owns: after encryption a batch stops at them."""
+
+SAVED = tuple(sorted({*VMCB, *PLAIN, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE}))
+"""KVM_GET_MSR_INDEX_LIST."""
+
+FEATURES: Mapping[int, int] = MappingProxyType(
+    {
+        0x8B: 0x01000065,  # UCODE_REV, KVM's default on AMD
+        0x10A: 0,  # ARCH_CAPABILITIES
+        0x345: 0,  # PERF_CAPABILITIES
+        0xC0011029: 0x2,  # DE_CFG: LFENCE serialises
+    }
+)
+"""KVM_GET_MSR_FEATURE_INDEX_LIST with the values."""
+
+
+def transfer(
+    user: UserMemory,
+    arg: int,
+    access: Callable[[int], int | None] | None = None,
+    *,
+    store: Callable[[int, int], bool] | None = None,
+    write_back: bool = False,
+) -> int:
+    """KVM_GET_MSRS and KVM_SET_MSRS: the number of entries done before one was refused."""
+    header = copy_in(user, "kvm_msrs", arg)
+    if header.nmsrs >= _MAX_BATCH:
+        refuse(errno.E2BIG)
+    at = arg + ffi.sizeof("struct kvm_msrs")
+    entries = ffi.new("struct kvm_msr_entry[]", header.nmsrs)
+    ffi.buffer(entries)[:] = user.read(at, header.nmsrs * _ENTRY)
+    done = 0
+    for entry in entries:
+        if store is not None:
+            if not store(entry.index, entry.data):
+                break
+        elif access is not None:
+            value = access(entry.index)
+            if value is None:
+                break
+            entry.data = value
+        done += 1
+    if write_back:
+        user.write(at, bytes(ffi.buffer(entries)))
+    return done

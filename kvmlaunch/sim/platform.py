@@ -1,0 +1,200 @@
+"""The simulated SNP host behind the Platform protocol."""
+
+from __future__ import annotations
+
+import errno
+import mmap as _mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from kvmlaunch.sim.faults import Faults
+from kvmlaunch.sim.fdtable import File
+from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.profiles import kernel_profile
+from kvmlaunch.sim.sevdev import SevDevice
+from kvmlaunch.sim.system import KvmDevice
+from kvmlaunch.sim.uaccess import UserMemory, refuse
+from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
+from kvmlaunch.sim.vm import VmFile
+from kvmlaunch.uapi import RealPlatform, Result, RunResult, lib
+from kvmlaunch.uapi.platform import MeasuredPage
+
+__all__ = ["SimPlatform"]
+
+
+class SimPlatform:
+    """A host with SNP in this process: /dev/kvm and /dev/sev, nothing of it real.
+
+    ``profile`` names the kernel (6.12, 6.18, 7.0), ``product`` the CPU (Milan, Genoa,
+    Turin), ``faults`` what must go wrong (see :mod:`kvmlaunch.sim.faults`); ``random``
+    is the firmware's source of keys.
+
+    Synchronization: any thread may call anything; KVM_RUN doesn't hold the others up.
+    """
+
+    name = "sim"
+
+    def __init__(
+        self,
+        profile: str = "6.12",
+        *,
+        faults: Faults | Sequence[str] = (),
+        product: str = "Milan",
+        random: Callable[[int], bytes] = os.urandom,
+        user: UserMemory | None = None,
+    ) -> None:
+        orders = faults if isinstance(faults, Faults) else Faults.parse(faults)
+        self._host = Host(kernel_profile(profile), orders, product, random, user)
+        self._lock = threading.RLock()
+        self._real = RealPlatform()
+        self._mappings: dict[int, list[Vcpu]] = {}
+
+    def __repr__(self) -> str:
+        return f"SimPlatform({self.profile!r})"
+
+    def __enter__(self) -> SimPlatform:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+
+    @property
+    def profile(self) -> str:
+        """Name of the kernel profile."""
+        return self._host.profile.name
+
+    @property
+    def open_fds(self) -> tuple[int, ...]:
+        """Descriptors that are open, lowest first."""
+        with self._lock:
+            return tuple(self._host.fds)
+
+    def shutdown(self) -> None:
+        """Close every descriptor and drop every mapping, as the end of a process does."""
+        with self._lock:
+            for fd in self.open_fds:
+                self.close(fd)
+            for address in list(self._mappings):
+                while address in self._mappings:
+                    self._unmap(address)
+
+    def open(self, path: str, flags: int) -> Result:
+        """open(2): /dev/kvm and /dev/sev are all there is."""
+
+        def call() -> int:
+            if path == "/dev/kvm":
+                return self._host.fds.install(KvmDevice(self._host))
+            if path == "/dev/sev":
+                return self._host.fds.install(SevDevice(self._host, flags))
+            refuse(errno.ENOENT)
+
+        return self._call(call)
+
+    def close(self, fd: int) -> Result:
+        """close(2)."""
+
+        def call() -> int:
+            self._host.fds.close(fd)
+            return 0
+
+        return self._call(call)
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
+        """ioctl(2)."""
+        try:
+            with self._lock:
+                file = self._host.fds.get(fd)
+            with ExitStack() as held:
+                for lock in file.locks(request, arg):
+                    held.enter_context(lock)
+                if isinstance(file, VcpuFile) and request == lib.KVM_RUN:
+                    return Result(self._run(file, arg), 0)
+                with self._lock:
+                    return Result(self._dispatch(file, request, arg), 0)
+        except OSError as error:
+            return Result(-1, error.errno or errno.EIO)
+
+    def mmap(self, fd: int, length: int, prot: int, flags: int, offset: int = 0) -> Result:
+        """mmap(2): a vCPU's run pages, or real anonymous memory with fd -1."""
+        if fd == -1 and flags & _mmap.MAP_ANONYMOUS:
+            return self._real.mmap(fd, length, prot, flags, offset)
+
+        def call() -> int:
+            file = self._host.fds.get(fd)
+            address = file.mmap(length, offset)
+            if isinstance(file, VcpuFile):
+                file.vcpu.vm.get()
+                self._mappings.setdefault(address, []).append(file.vcpu)
+            return address
+
+        return self._call(call)
+
+    def munmap(self, addr: int, length: int) -> Result:
+        """munmap(2)."""
+        with self._lock:
+            if addr not in self._mappings:
+                return self._real.munmap(addr, length)
+            self._unmap(addr)
+            return Result(0, 0)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> Result:
+        """fallocate(2)."""
+        return self._call(lambda: self._host.fds.get(fd).fallocate(mode, offset, length))
+
+    def run(self, fd: int, run: Any, uart: Any) -> RunResult:
+        """KVM_RUN, once: no exit is handled here yet."""
+        result = self.ioctl(fd, lib.KVM_RUN, 0)
+        return RunResult(result.ret, result.errno, False, 1)
+
+    def launch_digest(self, vm_fd: int) -> bytes | None:
+        """What firmware has measured of this VM so far; None before SNP_LAUNCH_START.
+
+        A real host has no such call: the digest is only in the guest's attestation report.
+        """
+        with self._lock:
+            context = self._vm_file(vm_fd).vm.sev.context
+            return None if context is None else self._host.processor.launch_digest(context)
+
+    def measured_pages(self, vm_fd: int) -> list[MeasuredPage]:
+        """The pages that firmware has measured of this VM, in order; none before START."""
+        with self._lock:
+            context = self._vm_file(vm_fd).vm.sev.context
+            if context is None:
+                return []
+            return [MeasuredPage(*page) for page in self._host.processor.measured_pages(context)]
+
+    def _vm_file(self, fd: int) -> VmFile:
+        return self._host.fds.get_kind(fd, VmFile, errno.EINVAL)
+
+    def _call(self, call: Callable[[], int]) -> Result:
+        try:
+            with self._lock:
+                return Result(call(), 0)
+        except OSError as error:
+            return Result(-1, error.errno or errno.EIO)
+
+    def _dispatch(self, file: File, request: int, arg: int) -> int:
+        self._ordered_errno(file, request, arg)
+        return file.ioctl(request, arg)
+
+    def _run(self, file: VcpuFile, arg: int) -> int:
+        with self._lock:
+            self._ordered_errno(file, lib.KVM_RUN, arg)
+            if not file.prepare_run(arg):
+                return 0
+        return file.enter()
+
+    def _ordered_errno(self, file: File, request: int, arg: int) -> None:
+        for name in file.ioctl_names(request, arg):
+            ordered = self._host.faults.errno_of(name)
+            if ordered:
+                refuse(ordered)
+
+    def _unmap(self, address: int) -> None:
+        vcpu = self._mappings[address].pop()
+        if not self._mappings[address]:
+            del self._mappings[address]
+        vcpu.vm.put()

@@ -1,0 +1,197 @@
+"""Memory slots and memory attributes of a VM (virt/kvm/kvm_main.c)."""
+
+from __future__ import annotations
+
+import bisect
+import errno
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.sim.guest_memfd import GuestMemfd
+from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.uapi import lib
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vm import Vm
+
+__all__ = ["NR_USER_SLOTS", "Attributes", "Slot", "Slots"]
+
+NR_USER_SLOTS = 32764
+"""KVM_CAP_NR_MEMSLOTS: the slot number proper is below this."""
+
+_U64 = (1 << 64) - 1
+_MAX_SLOT_PAGES = (1 << 31) - 1
+_USER_END = (1 << 47) - PAGE_SIZE
+
+
+@dataclass(eq=False)
+class Slot:
+    """One slot. ``gmem`` is None without a private side, or once that file is closed."""
+
+    id: int
+    flags: int
+    base_gfn: int
+    npages: int
+    hva: int
+    gmem: GuestMemfd | None = None
+    gmem_first: int = 0
+
+    @property
+    def end_gfn(self) -> int:
+        """First frame behind the slot."""
+        return self.base_gfn + self.npages
+
+    @property
+    def can_be_private(self) -> bool:
+        """Whether it was made with a guest_memfd."""
+        return bool(self.flags & lib.KVM_MEM_GUEST_MEMFD)
+
+
+class Slots:
+    """The slots of one VM by id."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._slots: dict[int, Slot] = {}
+
+    def find(self, gfn: int) -> Slot | None:
+        """The slot that holds a guest frame (address space 0)."""
+        for slot in self._slots.values():
+            if not slot.id >> 16 and slot.base_gfn <= gfn < slot.end_gfn:
+                return slot
+        return None
+
+    def set_region(self, region: Any, *, v1: bool = False) -> None:
+        """KVM_SET_USER_MEMORY_REGION and ...REGION2: check by check in the kernel's order."""
+        flags = region.flags
+        if v1 and flags & ~(lib.KVM_MEM_LOG_DIRTY_PAGES | lib.KVM_MEM_READONLY):
+            refuse(errno.EINVAL)
+        if region.slot & 0xFFFF >= NR_USER_SLOTS:
+            refuse(errno.EINVAL)
+        self._check_flags(flags)
+        size, gpa, hva = region.memory_size, region.guest_phys_addr, region.userspace_addr
+        if size % PAGE_SIZE or gpa % PAGE_SIZE:
+            refuse(errno.EINVAL)
+        if hva % PAGE_SIZE or not hva + size <= _USER_END:
+            refuse(errno.EINVAL)
+        if flags & lib.KVM_MEM_GUEST_MEMFD:
+            offset = region.guest_memfd_offset
+            if offset % PAGE_SIZE or offset + size > _U64:
+                refuse(errno.EINVAL)
+        if region.slot >> 16 >= self._vm.address_spaces:
+            refuse(errno.EINVAL)
+        if gpa + size > _U64 or size // PAGE_SIZE > _MAX_SLOT_PAGES:
+            refuse(errno.EINVAL)
+        old = self._slots.get(region.slot)
+        if not size:
+            self._delete(old)
+        elif old is not None:
+            self._change(old, region)
+        else:
+            self._create(region)
+
+    def remove_all(self) -> None:
+        """The VM is gone."""
+        for slot in list(self._slots.values()):
+            self._delete(slot)
+
+    def _check_flags(self, flags: int) -> None:
+        known = lib.KVM_MEM_LOG_DIRTY_PAGES
+        gmem = flags & lib.KVM_MEM_GUEST_MEMFD
+        if self._vm.guest_memfd_slots:
+            known |= lib.KVM_MEM_GUEST_MEMFD
+        if gmem:
+            known &= ~lib.KVM_MEM_LOG_DIRTY_PAGES
+        if not self._vm.is_snp_type and not gmem:
+            known |= lib.KVM_MEM_READONLY
+        if flags & ~known:
+            refuse(errno.EINVAL)
+
+    def _delete(self, old: Slot | None) -> None:
+        if old is None:
+            refuse(errno.EINVAL)
+        if old.gmem is not None:
+            # The file keeps its pages, and what the RMP says of them.
+            old.gmem.bindings.remove(old)
+        del self._slots[old.id]
+
+    def _change(self, old: Slot, region: Any) -> None:
+        """Only the place in guest memory and the dirty log can change."""
+        if old.can_be_private or region.flags & lib.KVM_MEM_GUEST_MEMFD:
+            refuse(errno.EINVAL)
+        same = old.hva == region.userspace_addr
+        same &= old.npages == region.memory_size // PAGE_SIZE
+        if not same or (old.flags ^ region.flags) & lib.KVM_MEM_READONLY:
+            refuse(errno.EINVAL)
+        moved = replace(old, base_gfn=region.guest_phys_addr // PAGE_SIZE, flags=region.flags)
+        if moved.base_gfn != old.base_gfn:
+            self._check_overlap(old.id, moved.base_gfn, moved.npages)
+            self._check_place(moved)
+        self._slots[old.id] = moved
+
+    def _create(self, region: Any) -> None:
+        base, npages = region.guest_phys_addr // PAGE_SIZE, region.memory_size // PAGE_SIZE
+        self._check_overlap(region.slot, base, npages)
+        slot = Slot(region.slot, region.flags, base, npages, region.userspace_addr)
+        if slot.can_be_private:
+            gmem = self._gmem(region.guest_memfd, region.guest_memfd_offset, npages)
+            slot.gmem, slot.gmem_first = gmem, region.guest_memfd_offset // PAGE_SIZE
+        self._check_place(slot)
+        if slot.gmem is not None:
+            slot.gmem.bindings.append(slot)
+        self._slots[slot.id] = slot
+
+    def _gmem(self, fd: int, offset: int, npages: int) -> GuestMemfd:
+        gmem = self._vm.host.fds.get_kind(fd, GuestMemfd, errno.EINVAL)
+        if gmem.vm is not self._vm or offset + npages * PAGE_SIZE > gmem.size:
+            refuse(errno.EINVAL)
+        if gmem.overlaps(offset // PAGE_SIZE, npages):
+            refuse(errno.EINVAL)
+        return gmem
+
+    def _check_place(self, slot: Slot) -> None:
+        """kvm_arch_prepare_memory_region(): the CPU must be able to address it."""
+        if slot.end_gfn > 1 << self._vm.host.phys_bits - 12:
+            refuse(errno.EINVAL)
+
+    def _check_overlap(self, slot_id: int, base: int, npages: int) -> None:
+        for other in self._slots.values():
+            apart = base >= other.end_gfn or base + npages <= other.base_gfn
+            same_space = other.id >> 16 == slot_id >> 16
+            if other.id != slot_id and same_space and not apart:
+                refuse(errno.EEXIST)
+
+
+class Attributes:
+    """Which guest frames are private: disjoint, sorted ranges."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._ranges: list[tuple[int, int]] = []
+
+    def is_private(self, gfn: int) -> bool:
+        """Whether a frame has KVM_MEMORY_ATTRIBUTE_PRIVATE."""
+        at = bisect.bisect_right(self._ranges, (gfn, _U64)) - 1
+        return at >= 0 and gfn < self._ranges[at][1]
+
+    def set(self, attributes: Any) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES."""
+        address, size = attributes.address, attributes.size
+        if attributes.flags or attributes.attributes & ~self._vm.memory_attributes:
+            refuse(errno.EINVAL)
+        if not size or address + size > _U64:
+            refuse(errno.EINVAL)
+        if address % PAGE_SIZE or size % PAGE_SIZE:
+            refuse(errno.EINVAL)
+        first, end = address // PAGE_SIZE, (address + size) // PAGE_SIZE
+        kept = [(a, b) for low, high in self._ranges for a, b in _outside(low, high, first, end)]
+        if attributes.attributes:
+            kept.append((first, end))
+        self._ranges = sorted(kept)
+
+
+def _outside(low: int, high: int, first: int, end: int) -> list[tuple[int, int]]:
+    """What of [low, high) is left without [first, end)."""
+    pieces = [(low, min(high, first)), (max(low, end), high)]
+    return [(a, b) for a, b in pieces if a < b]

@@ -1,0 +1,442 @@
+"""The vCPU ioctls that read and write state."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.sim import msrs
+from kvmlaunch.sim.cpuid_table import get_cpuid, set_cpuid
+from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
+from kvmlaunch.uapi import ffi, lib
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vcpu import Vcpu
+
+__all__ = ["HANDLERS"]
+
+_XSAVE_SIZE = ffi.sizeof("struct kvm_xsave")
+_SEGMENT_FIELDS = tuple(
+    name for name, _ in ffi.typeof("struct kvm_segment").fields if name != "padding"
+)
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+_MAX_XCRS = 16
+_EVENTS_REPORTED = (
+    lib.KVM_VCPUEVENT_VALID_NMI_PENDING
+    | lib.KVM_VCPUEVENT_VALID_SHADOW
+    | lib.KVM_VCPUEVENT_VALID_SMM
+)
+# Payload and triple fault need capabilities that nobody can enable here.
+_EVENTS_SETTABLE = _EVENTS_REPORTED | lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+_NMI_VECTOR = 2
+_FPU = struct.Struct("<HHBBHQQ")
+
+
+def _need_open_state(vcpu: Vcpu) -> None:
+    """EINVAL once firmware has the registers."""
+    if vcpu.protected:
+        refuse(errno.EINVAL)
+
+
+def _get_regs(vcpu: Vcpu, arg: int) -> int:
+    _need_open_state(vcpu)
+    out = ffi.new("struct kvm_regs *")
+    for name, value in vcpu.state.get_regs().items():
+        setattr(out, name, value)
+    copy_out(vcpu.vm.host.user, arg, out)
+    return 0
+
+
+def _set_regs(vcpu: Vcpu, arg: int) -> int:
+    regs = copy_in(vcpu.vm.host.user, "kvm_regs", arg)
+    _need_open_state(vcpu)
+    names = [name for name, _ in ffi.typeof("struct kvm_regs").fields]
+    vcpu.state.set_regs({name: getattr(regs, name) for name in names})
+    return 0
+
+
+def _get_sregs(vcpu: Vcpu, arg: int) -> int:
+    _need_open_state(vcpu)
+    out = ffi.new("struct kvm_sregs *")
+    _fill_sregs(vcpu, out)
+    copy_out(vcpu.vm.host.user, arg, out)
+    return 0
+
+
+def _set_sregs(vcpu: Vcpu, arg: int) -> int:
+    sregs = copy_in(vcpu.vm.host.user, "kvm_sregs", arg)
+    _need_open_state(vcpu)
+    _take_sregs(vcpu, sregs)
+    return 0
+
+
+def _get_sregs2(vcpu: Vcpu, arg: int) -> int:
+    _need_open_state(vcpu)
+    out = ffi.new("struct kvm_sregs2 *")
+    _fill_sregs(vcpu, out)
+    copy_out(vcpu.vm.host.user, arg, out)
+    return 0
+
+
+def _set_sregs2(vcpu: Vcpu, arg: int) -> int:
+    sregs = copy_in(vcpu.vm.host.user, "kvm_sregs2", arg)
+    _need_open_state(vcpu)
+    if sregs.flags & ~lib.KVM_SREGS2_FLAGS_PDPTRS_VALID:
+        refuse(errno.EINVAL)
+    pae = sregs.cr0 >> 31 & sregs.cr4 >> 5 & ~(sregs.efer >> 10) & 1
+    if sregs.flags and not pae:
+        refuse(errno.EINVAL)
+    _take_sregs(vcpu, sregs)
+    return 0
+
+
+def _fill_sregs(vcpu: Vcpu, out: Any) -> None:
+    state = vcpu.state
+    for name, fields in state.segments().items():
+        for field, value in fields.items():
+            setattr(getattr(out, name), field, value)
+    for name in ("gdt", "idt"):
+        table = state.vmcb.segment(name)
+        getattr(out, name).base, getattr(out, name).limit = table.base, table.limit & 0xFFFF
+    for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"):
+        setattr(out, name, getattr(state, name))
+
+
+def _take_sregs(vcpu: Vcpu, sregs: Any) -> None:
+    state = vcpu.state
+    if not state.sregs_valid(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer, sregs.cs.l):
+        refuse(errno.EINVAL)
+    if not state.apic_base_valid(sregs.apic_base):
+        refuse(errno.EINVAL)
+    state.apic_base = sregs.apic_base
+    for name in ("gdt", "idt"):
+        table = getattr(sregs, name)
+        state.vmcb.set_table(name, table.limit, table.base)
+    state.cr2, state.cr8 = sregs.cr2, sregs.cr8 & 0xF
+    state.set_cr3(sregs.cr3)
+    state.set_efer(sregs.efer)
+    state.clear_cd_nw = not vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED
+    state.set_cr0(sregs.cr0)
+    state.set_cr4(sregs.cr4)
+    state.set_segments(
+        {
+            name: {field: getattr(getattr(sregs, name), field) for field in _SEGMENT_FIELDS}
+            for name in _SEGMENTS
+        }
+    )
+    # Older user space doesn't wake a vCPU that it resets.
+    at_reset = sregs.cs.selector == 0xF000 and sregs.cs.base == 0xFFFF0000
+    if vcpu.id == vcpu.vm.bsp_id and at_reset and state.regs["rip"] == 0xFFF0 and not sregs.cr0 & 1:
+        vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
+
+
+def _get_debugregs(vcpu: Vcpu, arg: int) -> int:
+    _need_open_state(vcpu)
+    out = ffi.new("struct kvm_debugregs *")
+    out.db, out.dr6, out.dr7 = vcpu.state.db, vcpu.state.dr6, vcpu.state.dr7
+    copy_out(vcpu.vm.host.user, arg, out)
+    return 0
+
+
+def _set_debugregs(vcpu: Vcpu, arg: int) -> int:
+    regs = copy_in(vcpu.vm.host.user, "kvm_debugregs", arg)
+    _need_open_state(vcpu)
+    if regs.flags or not vcpu.state.set_debugregs(list(regs.db), regs.dr6, regs.dr7):
+        refuse(errno.EINVAL)
+    return 0
+
+
+def _get_xcrs(vcpu: Vcpu, arg: int) -> int:
+    _need_open_state(vcpu)
+    out = ffi.new("struct kvm_xcrs *")
+    out.nr_xcrs = 1
+    out.xcrs[0].value = vcpu.state.xcr0
+    copy_out(vcpu.vm.host.user, arg, out)
+    return 0
+
+
+def _set_xcrs(vcpu: Vcpu, arg: int) -> int:
+    xcrs = copy_in(vcpu.vm.host.user, "kvm_xcrs", arg)
+    _need_open_state(vcpu)
+    if xcrs.nr_xcrs > _MAX_XCRS or xcrs.flags:
+        refuse(errno.EINVAL)
+    for at in range(xcrs.nr_xcrs):
+        if xcrs.xcrs[at].xcr == 0:
+            if not vcpu.state.set_xcr0(xcrs.xcrs[at].value):
+                refuse(errno.EINVAL)
+            break
+    return 0
+
+
+def _set_guest_debug(vcpu: Vcpu, arg: int) -> int:
+    debug = copy_in(vcpu.vm.host.user, "kvm_guest_debug", arg)
+    _need_open_state(vcpu)
+    vcpu.guest_debug = debug.control
+    return 0
+
+
+def _get_msrs(vcpu: Vcpu, arg: int) -> int:
+    def read(index: int) -> int | None:
+        if vcpu.protected and index in msrs.PASSED_THROUGH:
+            return None
+        return vcpu.state.get_msr(index)
+
+    return msrs.transfer(vcpu.vm.host.user, arg, read, write_back=True)
+
+
+def _set_msrs(vcpu: Vcpu, arg: int) -> int:
+    def write(index: int, value: int) -> bool:
+        if vcpu.protected and index in msrs.PASSED_THROUGH:
+            return False
+        return vcpu.state.set_msr(index, value)
+
+    return msrs.transfer(vcpu.vm.host.user, arg, store=write)
+
+
+def _get_fpu(vcpu: Vcpu, arg: int) -> int:
+    """Not refused after encryption: the kernel hands out what it last had."""
+    image = vcpu.state.fpu.legacy
+    fcw, fsw, ftw, _, fop, rip, rdp = _FPU.unpack_from(image)
+    out = ffi.new("struct kvm_fpu *")
+    ffi.buffer(out.fpr)[:] = image[32:160]
+    out.fcw, out.fsw, out.ftwx, out.last_opcode = fcw, fsw, ftw, fop
+    out.last_ip, out.last_dp = rip, rdp
+    ffi.buffer(out.xmm)[:] = image[160:416]
+    copy_out(vcpu.vm.host.user, arg, out)
+    return 0
+
+
+def _set_fpu(vcpu: Vcpu, arg: int) -> int:
+    fpu = copy_in(vcpu.vm.host.user, "kvm_fpu", arg)
+    head = _FPU.pack(fpu.fcw, fpu.fsw, fpu.ftwx, 0, fpu.last_opcode, fpu.last_ip, fpu.last_dp)
+    vcpu.state.fpu.set_legacy(head, bytes(ffi.buffer(fpu.fpr)), bytes(ffi.buffer(fpu.xmm)))
+    return 0
+
+
+def _get_xsave(vcpu: Vcpu, arg: int) -> int:
+    vcpu.vm.host.user.write(arg, vcpu.state.fpu.get_xsave(_XSAVE_SIZE))
+    return 0
+
+
+def _set_xsave(vcpu: Vcpu, arg: int) -> int:
+    image = vcpu.vm.host.user.read(arg, _XSAVE_SIZE)
+    if not vcpu.state.fpu.set_xsave(image):
+        refuse(errno.EINVAL)
+    return 0
+
+
+def _get_mp_state(vcpu: Vcpu, arg: int) -> int:
+    if vcpu.sipi_pending and vcpu.mp_state == lib.KVM_MP_STATE_INIT_RECEIVED:
+        vcpu.mp_state, vcpu.sipi_pending = lib.KVM_MP_STATE_RUNNABLE, False
+    copy_out(vcpu.vm.host.user, arg, ffi.new("struct kvm_mp_state *", [vcpu.mp_state]))
+    return 0
+
+
+def _set_mp_state(vcpu: Vcpu, arg: int) -> int:
+    wanted = copy_in(vcpu.vm.host.user, "kvm_mp_state", arg).mp_state
+    apic_states = (
+        lib.KVM_MP_STATE_UNINITIALIZED,
+        lib.KVM_MP_STATE_HALTED,
+        lib.KVM_MP_STATE_AP_RESET_HOLD,
+        lib.KVM_MP_STATE_INIT_RECEIVED,
+        lib.KVM_MP_STATE_SIPI_RECEIVED,
+    )
+    if wanted != lib.KVM_MP_STATE_RUNNABLE and (
+        wanted not in apic_states or not vcpu.vm.irq.in_kernel
+    ):
+        refuse(errno.EINVAL)
+    vcpu.sipi_pending = wanted == lib.KVM_MP_STATE_SIPI_RECEIVED
+    vcpu.mp_state = lib.KVM_MP_STATE_INIT_RECEIVED if vcpu.sipi_pending else wanted
+    return 0
+
+
+def _get_lapic(vcpu: Vcpu, arg: int) -> int:
+    _need_lapic(vcpu)
+    vcpu.vm.host.user.write(arg, bytes(vcpu.lapic))
+    return 0
+
+
+def _set_lapic(vcpu: Vcpu, arg: int) -> int:
+    _need_lapic(vcpu)
+    vcpu.lapic[:] = vcpu.vm.host.user.read(arg, len(vcpu.lapic))
+    return 0
+
+
+def _need_lapic(vcpu: Vcpu) -> None:
+    if not vcpu.vm.irq.in_kernel:
+        refuse(errno.EINVAL)
+
+
+def _get_vcpu_events(vcpu: Vcpu, arg: int) -> int:
+    vcpu.events.flags = _EVENTS_REPORTED
+    copy_out(vcpu.vm.host.user, arg, vcpu.events)
+    return 0
+
+
+def _set_vcpu_events(vcpu: Vcpu, arg: int) -> int:
+    events = copy_in(vcpu.vm.host.user, "kvm_vcpu_events", arg)
+    if events.flags & ~_EVENTS_SETTABLE:
+        refuse(errno.EINVAL)
+    vector = events.exception.nr
+    if events.exception.injected and (vector > 31 or vector == _NMI_VECTOR):
+        refuse(errno.EINVAL)
+    vcpu.events = events
+    return 0
+
+
+def _set_signal_mask(vcpu: Vcpu, arg: int) -> int:
+    """Accepted as far as the length goes; there is no blocking call to unmask it for."""
+    if arg:
+        user = vcpu.vm.host.user
+        header = copy_in(user, "kvm_signal_mask", arg)
+        if header.len != 8:
+            refuse(errno.EINVAL)
+        user.read(arg + ffi.sizeof("struct kvm_signal_mask"), 8)
+    return 0
+
+
+def _interrupt(vcpu: Vcpu, arg: int) -> int:
+    vector = copy_in(vcpu.vm.host.user, "kvm_interrupt", arg).irq
+    if vector >= 256:
+        refuse(errno.EINVAL)
+    if vcpu.vm.irq.pic:
+        refuse(errno.ENXIO)
+    return 0
+
+
+def _nmi(vcpu: Vcpu, arg: int) -> int:
+    return 0
+
+
+def _set_tsc_khz(vcpu: Vcpu, arg: int) -> int:
+    vcpu.tsc_khz = arg & 0xFFFFFFFF or vcpu.vm.host.tsc_khz
+    return 0
+
+
+def _get_tsc_khz(vcpu: Vcpu, arg: int) -> int:
+    return vcpu.tsc_khz
+
+
+def _translate(vcpu: Vcpu, arg: int) -> int:
+    """Without paging an address is its own translation; page tables need a CPU (ENOSYS)."""
+    user = vcpu.vm.host.user
+    out = copy_in(user, "kvm_translation", arg)
+    if vcpu.state.cr0 >> 31:
+        refuse(errno.ENOSYS)
+    out.physical_address, out.valid, out.writeable, out.usermode = out.linear_address, 1, 1, 0
+    copy_out(user, arg, out)
+    return 0
+
+
+def _get_device_attr(vcpu: Vcpu, arg: int) -> int:
+    vcpu.vm.host.user.write(_tsc_offset_address(vcpu, arg), vcpu.tsc_offset)
+    return 0
+
+
+def _set_device_attr(vcpu: Vcpu, arg: int) -> int:
+    vcpu.tsc_offset = vcpu.vm.host.user.read(_tsc_offset_address(vcpu, arg), 8)
+    return 0
+
+
+def _has_device_attr(vcpu: Vcpu, arg: int) -> int:
+    _tsc_offset_address(vcpu, arg)
+    return 0
+
+
+def _tsc_offset_address(vcpu: Vcpu, arg: int) -> int:
+    """Where the value of KVM_VCPU_TSC_OFFSET is, the only attribute there is."""
+    attr = copy_in(vcpu.vm.host.user, "kvm_device_attr", arg)
+    if attr.group != lib.KVM_VCPU_TSC_CTRL or attr.attr != lib.KVM_VCPU_TSC_OFFSET:
+        refuse(errno.ENXIO)
+    return int(attr.addr)
+
+
+def _unsimulated(vcpu: Vcpu, arg: int) -> int:
+    """ENOSYS, as on the VM fd: the simulator has nothing behind it."""
+    refuse(errno.ENOSYS)
+
+
+def _pre_fault(vcpu: Vcpu, arg: int) -> int:
+    """KVM_PRE_FAULT_MEMORY: gpa and size come back as what is left, in either case."""
+    user = vcpu.vm.host.user
+    want = copy_in(user, "kvm_pre_fault_memory", arg)
+    unaligned = want.gpa % PAGE_SIZE or want.size % PAGE_SIZE
+    if want.flags or unaligned or not want.size or want.gpa + want.size >> 64:
+        refuse(errno.EINVAL)
+    done, failure = 0, 0
+    while done < want.size and not failure:
+        failure = _pre_fault_page(vcpu, (want.gpa + done) // PAGE_SIZE)
+        done += 0 if failure else PAGE_SIZE
+    want.gpa += done
+    want.size -= done
+    copy_out(user, arg, want)
+    if not done:
+        refuse(failure)
+    return 0
+
+
+def _pre_fault_page(vcpu: Vcpu, gfn: int) -> int:
+    vm = vcpu.vm
+    if not vm.pre_fault_allowed:
+        return errno.EOPNOTSUPP
+    slot = vm.slots.find(gfn)
+    if slot is None:
+        return errno.ENOENT
+    if not vm.attributes.is_private(gfn):
+        return 0
+    if slot.gmem is None:
+        return errno.EFAULT
+    index = slot.gmem_first + gfn - slot.base_gfn
+    spa = slot.gmem.spa(index)
+    if not vm.host.rmp.lookup(spa).assigned:
+        vm.host.rmp.make_private(spa, gfn * PAGE_SIZE, vm.sev.asid, immutable=False)
+    slot.gmem.populated.add(index)
+    return 0
+
+
+HANDLERS: Mapping[int, Callable[[Vcpu, int], int]] = MappingProxyType(
+    {
+        lib.KVM_GET_REGS: _get_regs,
+        lib.KVM_SET_REGS: _set_regs,
+        lib.KVM_GET_SREGS: _get_sregs,
+        lib.KVM_SET_SREGS: _set_sregs,
+        lib.KVM_GET_SREGS2: _get_sregs2,
+        lib.KVM_SET_SREGS2: _set_sregs2,
+        lib.KVM_GET_DEBUGREGS: _get_debugregs,
+        lib.KVM_SET_DEBUGREGS: _set_debugregs,
+        lib.KVM_GET_XCRS: _get_xcrs,
+        lib.KVM_SET_XCRS: _set_xcrs,
+        lib.KVM_SET_GUEST_DEBUG: _set_guest_debug,
+        lib.KVM_GET_MSRS: _get_msrs,
+        lib.KVM_SET_MSRS: _set_msrs,
+        lib.KVM_GET_FPU: _get_fpu,
+        lib.KVM_SET_FPU: _set_fpu,
+        lib.KVM_GET_XSAVE: _get_xsave,
+        lib.KVM_GET_XSAVE2: _get_xsave,
+        lib.KVM_SET_XSAVE: _set_xsave,
+        lib.KVM_GET_MP_STATE: _get_mp_state,
+        lib.KVM_SET_MP_STATE: _set_mp_state,
+        lib.KVM_GET_LAPIC: _get_lapic,
+        lib.KVM_SET_LAPIC: _set_lapic,
+        lib.KVM_SET_CPUID2: set_cpuid,
+        lib.KVM_GET_CPUID2: get_cpuid,
+        lib.KVM_GET_VCPU_EVENTS: _get_vcpu_events,
+        lib.KVM_SET_VCPU_EVENTS: _set_vcpu_events,
+        lib.KVM_SET_SIGNAL_MASK: _set_signal_mask,
+        lib.KVM_INTERRUPT: _interrupt,
+        lib.KVM_NMI: _nmi,
+        lib.KVM_SET_TSC_KHZ: _set_tsc_khz,
+        lib.KVM_GET_TSC_KHZ: _get_tsc_khz,
+        lib.KVM_PRE_FAULT_MEMORY: _pre_fault,
+        lib.KVM_TRANSLATE: _translate,
+        lib.KVM_GET_DEVICE_ATTR: _get_device_attr,
+        lib.KVM_SET_DEVICE_ATTR: _set_device_attr,
+        lib.KVM_HAS_DEVICE_ATTR: _has_device_attr,
+        lib.KVM_GET_STATS_FD: _unsimulated,
+    }
+)
+"""Request -> handler, KVM_RUN left out."""

@@ -1,0 +1,256 @@
+"""A virtual machine and its fd: the VM ioctls (kvm_main.c, x86.c)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvmlaunch.sim import caps, irq
+from kvmlaunch.sim.enable_cap import enable_cap
+from kvmlaunch.sim.fdtable import File
+from kvmlaunch.sim.guest_memfd import GuestMemfd
+from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.sev import SevVm, encrypt_op, register_region, unregister_region
+from kvmlaunch.sim.slots import Attributes, Slots
+from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
+from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
+from kvmlaunch.uapi import ffi, ioctl_name, lib
+
+if TYPE_CHECKING:
+    from threading import RLock
+
+__all__ = ["Vm", "VmFile"]
+
+_TSS_PAGES = 3 * 4096
+_MAX_TSC_KHZ = 0x7FFFFFFF
+
+
+class Vm:
+    """What the kernel keeps of one VM (struct kvm); alive while anything refers to it."""
+
+    def __init__(self, host: Host, vm_type: int) -> None:
+        self.host = host
+        self.type = vm_type
+        self.mm = host.user.mm
+        self.dead = False
+        self.irq = irq.Irqchips()
+        self.bsp_id = 0
+        self.max_vcpu_ids: int | None = None
+        self.disabled_quirks = 0
+        self.hypercall_exits = 0
+        self.tsc_khz = host.tsc_khz
+        self.pre_fault_allowed = not self.is_snp_type
+        self.vcpus: list[Vcpu] = []
+        self.slots = Slots(self)
+        self.attributes = Attributes(self)
+        self.sev = SevVm(self)
+        self._references = 0
+
+    @property
+    def is_snp_type(self) -> bool:
+        """Created as an SNP VM: private memory and protected state."""
+        return bool(self.type == lib.KVM_X86_SNP_VM)
+
+    @property
+    def address_spaces(self) -> int:
+        """Memory slot address spaces: the second one is SMM's."""
+        return 1 if self.is_snp_type else 2
+
+    @property
+    def sync_regs(self) -> int:
+        """KVM_CAP_SYNC_REGS of this VM."""
+        return 0 if self.is_snp_type else caps.system_capability(self.host, lib.KVM_CAP_SYNC_REGS)
+
+    @property
+    def memory_attributes(self) -> int:
+        """Attributes that this VM takes."""
+        return int(lib.KVM_MEMORY_ATTRIBUTE_PRIVATE) if self.is_snp_type else 0
+
+    @property
+    def guest_memfd_slots(self) -> bool:
+        """Whether a slot may have a guest_memfd."""
+        return self.is_snp_type or self.host.profile.guest_memfd_on_default_vm
+
+    @property
+    def guest_memfd_flags(self) -> int:
+        """Flags of KVM_CREATE_GUEST_MEMFD."""
+        profile = self.host.profile
+        return profile.guest_memfd_flags_private if self.is_snp_type else profile.guest_memfd_flags
+
+    def get(self) -> None:
+        """Take a reference."""
+        self._references += 1
+
+    def put(self) -> None:
+        """Drop a reference; the last one ends the VM."""
+        self._references -= 1
+        if not self._references:
+            self.slots.remove_all()
+            for vcpu in self.vcpus:
+                vcpu.destroy()
+            self.sev.destroy()
+
+    def check_alive(self) -> None:
+        """EIO from another process, or once the VM is dead (KVM_BUG)."""
+        if self.host.user.mm != self.mm or self.dead:
+            refuse(errno.EIO)
+
+
+class VmFile(File):
+    """A VM fd."""
+
+    name = "VM"
+
+    def __init__(self, vm: Vm) -> None:
+        self.vm = vm
+        self._user = vm.host.user
+        vm.get()
+        self._handlers: dict[int, Callable[[int], int]] = {
+            lib.KVM_CHECK_EXTENSION: self._check_extension,
+            lib.KVM_ENABLE_CAP: self._enable_cap,
+            lib.KVM_CREATE_VCPU: self._create_vcpu,
+            lib.KVM_SET_USER_MEMORY_REGION: self._set_region_v1,
+            lib.KVM_SET_USER_MEMORY_REGION2: self._set_region_v2,
+            lib.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
+            lib.KVM_CREATE_GUEST_MEMFD: self._create_guest_memfd,
+            lib.KVM_MEMORY_ENCRYPT_OP: self._encrypt_op,
+            lib.KVM_MEMORY_ENCRYPT_REG_REGION: self._register_region,
+            lib.KVM_MEMORY_ENCRYPT_UNREG_REGION: self._unregister_region,
+            lib.KVM_SET_BOOT_CPU_ID: self._set_boot_cpu_id,
+            lib.KVM_SET_TSS_ADDR: self._set_tss_addr,
+            lib.KVM_SET_IDENTITY_MAP_ADDR: self._set_identity_map_addr,
+            lib.KVM_SET_TSC_KHZ: self._set_tsc_khz,
+            lib.KVM_GET_TSC_KHZ: self._get_tsc_khz,
+            lib.KVM_GET_CLOCK: self._get_clock,
+            lib.KVM_SET_CLOCK: self._set_clock,
+            lib.KVM_X86_SET_MSR_FILTER: self._set_msr_filter,
+            lib.KVM_IRQFD: self._unsimulated,
+            lib.KVM_IOEVENTFD: self._unsimulated,
+            lib.KVM_GET_STATS_FD: self._unsimulated,
+        }
+        for request, handler in irq.HANDLERS.items():
+            self._handlers[request] = partial(handler, vm)
+
+    def ioctl_names(self, request: int, arg: int) -> tuple[str, ...]:
+        """Name of a VM ioctl, and of the command behind KVM_MEMORY_ENCRYPT_OP."""
+        if request != lib.KVM_MEMORY_ENCRYPT_OP:
+            return (ioctl_name(request),)
+        return (ioctl_name(request), self.vm.sev.command_name(arg))
+
+    def locks(self, request: int, arg: int) -> Sequence[RLock]:
+        """Newer kernels hold every vCPU's lock in SNP_LAUNCH_FINISH."""
+        if not self.vm.host.profile.finish_locks_vcpus:
+            return ()
+        if "SNP_LAUNCH_FINISH" not in self.ioctl_names(request, arg):
+            return ()
+        return [vcpu.mutex for vcpu in self.vm.vcpus]
+
+    def ioctl(self, request: int, arg: int) -> int:
+        """One VM ioctl; an unknown one is ENOTTY."""
+        self.vm.check_alive()
+        handler = self._handlers.get(request)
+        if handler is None:
+            refuse(errno.ENOTTY)
+        return handler(arg)
+
+    def release(self) -> None:
+        """The VM lives on while vCPU fds, guest_memfds or mappings do."""
+        self.vm.put()
+
+    def _check_extension(self, arg: int) -> int:
+        return caps.vm_capability(self.vm, arg)
+
+    def _enable_cap(self, arg: int) -> int:
+        return enable_cap(self.vm, copy_in(self._user, "kvm_enable_cap", arg))
+
+    def _create_vcpu(self, arg: int) -> int:
+        vm = self.vm
+        if arg >= caps.MAX_VCPU_ID or len(vm.vcpus) >= caps.MAX_VCPUS:
+            refuse(errno.EINVAL)
+        if vm.max_vcpu_ids is None:
+            vm.max_vcpu_ids = caps.MAX_VCPU_ID
+        if arg >= vm.max_vcpu_ids:
+            refuse(errno.EINVAL)
+        if any(vcpu.id == arg for vcpu in vm.vcpus):
+            refuse(errno.EEXIST)
+        vcpu = Vcpu(vm, arg)
+        vm.vcpus.append(vcpu)
+        return vm.host.fds.install(VcpuFile(vcpu))
+
+    def _set_region_v1(self, arg: int) -> int:
+        old = copy_in(self._user, "kvm_userspace_memory_region", arg)
+        region = ffi.new("struct kvm_userspace_memory_region2 *")
+        ffi.memmove(region, old, ffi.sizeof(old[0]))
+        self.vm.slots.set_region(region, v1=True)
+        return 0
+
+    def _set_region_v2(self, arg: int) -> int:
+        self.vm.slots.set_region(copy_in(self._user, "kvm_userspace_memory_region2", arg))
+        return 0
+
+    def _set_attributes(self, arg: int) -> int:
+        self.vm.attributes.set(copy_in(self._user, "kvm_memory_attributes", arg))
+        return 0
+
+    def _create_guest_memfd(self, arg: int) -> int:
+        create = copy_in(self._user, "kvm_create_guest_memfd", arg)
+        file = GuestMemfd(self.vm, create.size, create.flags)
+        return self.vm.host.fds.install(file)
+
+    def _encrypt_op(self, arg: int) -> int:
+        return encrypt_op(self.vm, arg)
+
+    def _register_region(self, arg: int) -> int:
+        return register_region(self.vm, copy_in(self._user, "kvm_enc_region", arg))
+
+    def _unregister_region(self, arg: int) -> int:
+        return unregister_region(self.vm, copy_in(self._user, "kvm_enc_region", arg))
+
+    def _set_boot_cpu_id(self, arg: int) -> int:
+        if self.vm.vcpus:
+            refuse(errno.EBUSY)
+        self.vm.bsp_id = arg & 0xFFFFFFFF
+        return 0
+
+    def _set_tss_addr(self, arg: int) -> int:
+        if arg > 0xFFFFFFFF - _TSS_PAGES + 1:
+            refuse(errno.EINVAL)
+        return 0
+
+    def _set_identity_map_addr(self, arg: int) -> int:
+        if self.vm.vcpus:
+            refuse(errno.EINVAL)
+        self._user.read(arg, 8)
+        return 0
+
+    def _set_tsc_khz(self, arg: int) -> int:
+        if arg & 0xFFFFFFFF >= _MAX_TSC_KHZ:
+            refuse(errno.EINVAL)
+        if self.vm.vcpus and not self.vm.host.profile.vm_tsc_khz_after_vcpu:
+            refuse(errno.EINVAL)
+        self.vm.tsc_khz = arg & 0xFFFFFFFF or self.vm.host.tsc_khz
+        return 0
+
+    def _get_tsc_khz(self, arg: int) -> int:
+        return self.vm.tsc_khz
+
+    def _get_clock(self, arg: int) -> int:
+        """A clock that stands still: there is no guest time yet."""
+        copy_out(self._user, arg, ffi.new("struct kvm_clock_data *"))
+        return 0
+
+    def _set_clock(self, arg: int) -> int:
+        copy_in(self._user, "kvm_clock_data", arg)
+        return 0
+
+    def _set_msr_filter(self, arg: int) -> int:
+        filters = copy_in(self._user, "kvm_msr_filter", arg)
+        if filters.flags & ~lib.KVM_MSR_FILTER_DEFAULT_DENY:
+            refuse(errno.EINVAL)
+        return 0
+
+    def _unsimulated(self, arg: int) -> int:
+        """A kernel never says ENOSYS: it means that the simulator has nothing behind it."""
+        refuse(errno.ENOSYS)

@@ -1,0 +1,514 @@
+"""vCPU ioctls and KVM_RUN's way to the entry (kernel-snp-abi 1.3, 1.5, 4.5, 6.3)."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import threading
+
+import pytest
+
+from kvmlaunch.uapi import ARGUMENT, ffi, ioctl_name, lib
+
+from .driver import PAGE, RW, Driver, Guest, launched, simulated, struct
+
+EINVAL = (-1, errno.EINVAL)
+EFAULT = (-1, errno.EFAULT)
+E2BIG = (-1, errno.E2BIG)
+OK = (0, 0)
+ENTRY = 40
+
+
+class Machine(Driver):
+    """A VM of any type with one vCPU."""
+
+    def __init__(self, platform, vm_type=0, split=False, vcpu_id=0):
+        super().__init__(platform)
+        self.kvm = self.open_kvm()
+        self.vm = self.create_vm(vm_type, self.kvm)
+        if split:
+            cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
+            self.ok(self.ioctl(self.vm, lib.KVM_ENABLE_CAP, cap))
+        self.vcpu = self.ok(self.ioctl(self.vm, lib.KVM_CREATE_VCPU, vcpu_id))
+
+    def call(self, name, args=0):
+        return self.ioctl(self.vcpu, getattr(lib, name), args)
+
+    def run_page(self):
+        size = self.ok(self.ioctl(self.kvm, lib.KVM_GET_VCPU_MMAP_SIZE))
+        address = self.ok(self.platform.mmap(self.vcpu, size, RW, mmap.MAP_SHARED))
+        return ffi.cast("struct kvm_run *", address)
+
+    def set_cpuid(self, *entries):
+        keep = ffi.new("char[]", 8 + ENTRY * max(1, len(entries)))
+        header = ffi.cast("struct kvm_cpuid2 *", keep)
+        header.nent = len(entries)
+        for at, (function, index, flags, *registers) in enumerate(entries):
+            entry = header.entries[at]
+            entry.function, entry.index, entry.flags = function, index, flags
+            entry.eax, entry.ebx, entry.ecx, entry.edx = registers
+        return self.call("KVM_SET_CPUID2", header)
+
+
+@pytest.fixture
+def machine():
+    with simulated() as platform:
+        yield Machine(platform)
+
+
+@pytest.mark.parametrize("request_number", [0xAE00, 0xAE41, 0x1234, 0xC0105300])
+def test_unknown_vcpu_ioctl_is_einval(machine, request_number):
+    assert machine.ioctl(machine.vcpu, request_number) == EINVAL
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("REGS", "SREGS", "SREGS2", "DEBUGREGS", "XCRS", "FPU", "XSAVE"),
+        *("MP_STATE", "VCPU_EVENTS", "MSRS", "CPUID2"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["GET", "SET"])
+def test_null_is_efault(machine, verb, name):
+    assert machine.call(f"KVM_{verb}_{name}") == EFAULT
+
+
+@pytest.mark.parametrize(
+    "name", ["REGS", "SREGS", "SREGS2", "DEBUGREGS", "XCRS", "FPU", "XSAVE", "VCPU_EVENTS"]
+)
+def test_what_was_set_is_got_back(machine, name):
+    request = getattr(lib, f"KVM_GET_{name}")
+    first = machine.get(machine.vcpu, request)
+    machine.ok(machine.call(f"KVM_SET_{name}", first))
+    second = machine.get(machine.vcpu, request)
+    assert bytes(ffi.buffer(second)) == bytes(ffi.buffer(first))
+    assert ARGUMENT[ioctl_name(request)].startswith("kvm_")
+
+
+# SREGS
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"efer": 0x400},
+        {"efer": 0x500, "cr0": 0x11},
+        {"cr0": 0x80000000},
+        {"cr0": 0x20000011},
+        {"cr0": 1 << 32 | 1},
+        {"cr4": 1 << 63},
+        {"efer": 0x100, "cr0": 0x80000011, "cr4": 0x20},
+        {"efer": 0x500, "cr0": 0x80000011, "cr4": 0},
+        {"efer": 0x500, "cr0": 0x80000011, "cr4": 0x20, "cr3": 1 << 36},
+        {"apic_base": 0xFEE00901},
+        {"apic_base": 0xFEE00400},
+    ],
+)
+@pytest.mark.parametrize("name", ["SREGS", "SREGS2"])
+def test_impossible_sregs_are_einval_and_change_nothing(machine, name, fields):
+    request = getattr(lib, f"KVM_GET_{name}")
+    before = machine.get(machine.vcpu, request)
+    wrong = machine.get(machine.vcpu, request)
+    for field, value in fields.items():
+        setattr(wrong, field, value)
+    assert machine.call(f"KVM_SET_{name}", wrong) == EINVAL
+    assert bytes(ffi.buffer(machine.get(machine.vcpu, request))) == bytes(ffi.buffer(before))
+
+
+def test_64_bit_code_segment_outside_long_mode_is_einval(machine):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+    sregs.cs.l = 1
+    assert machine.call("KVM_SET_SREGS", sregs) == EINVAL
+
+
+def test_long_mode_sregs_are_taken(machine):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+    sregs.efer, sregs.cr0, sregs.cr4, sregs.cr3 = 0x500, 0x80000011, 0x20, 0x1000
+    assert machine.call("KVM_SET_SREGS", sregs) == OK
+
+
+@pytest.mark.parametrize("flags", [2, 1 << 63, 1])
+def test_sregs2_flags_without_pae_paging_are_einval(machine, flags):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS2)
+    sregs.flags = flags
+    assert machine.call("KVM_SET_SREGS2", sregs) == EINVAL
+
+
+# DEBUGREGS, XCRS
+
+
+@pytest.mark.parametrize("fields", [{"flags": 1}, {"dr6": 1 << 32}, {"dr7": 1 << 32}])
+def test_wrong_debugregs_are_einval(machine, fields):
+    assert machine.call("KVM_SET_DEBUGREGS", struct("kvm_debugregs", **fields)) == EINVAL
+
+
+def xcrs(value, number=1, flags=0, xcr=0):
+    args = struct("kvm_xcrs", nr_xcrs=number, flags=flags)
+    args.xcrs[0].xcr, args.xcrs[0].value = xcr, value
+    return args
+
+
+@pytest.mark.parametrize(
+    ("value", "result"), [(1, OK), (0, EINVAL), (3, EINVAL), (7, EINVAL), (5, EINVAL)]
+)
+def test_xcr0_without_cpuid_is_x87_only(machine, value, result):
+    assert machine.call("KVM_SET_XCRS", xcrs(value)) == result
+
+
+@pytest.mark.parametrize(
+    ("value", "result"), [(3, OK), (7, OK), (5, EINVAL), (1 << 62 | 1, EINVAL)]
+)
+def test_xcr0_with_leaf_0xd_is_what_the_leaf_allows(machine, value, result):
+    machine.ok(machine.set_cpuid((0xD, 0, 1, 0x7, 0, 0, 0)))
+    assert machine.call("KVM_SET_XCRS", xcrs(value)) == result
+
+
+@pytest.mark.parametrize("args", [{"number": 17}, {"flags": 1}])
+def test_wrong_xcrs_header_is_einval(machine, args):
+    assert machine.call("KVM_SET_XCRS", xcrs(1, **args)) == EINVAL
+
+
+def test_other_xcr_is_ignored(machine):
+    assert machine.call("KVM_SET_XCRS", xcrs(0, xcr=1)) == OK
+
+
+# XSAVE
+
+
+@pytest.mark.parametrize(
+    ("offset", "data"), [(512, b"\0" * 7 + b"\x80"), (520, b"\1"), (528, b"\1"), (24, b"\xff" * 4)]
+)
+def test_impossible_xsave_is_einval(machine, offset, data):
+    area = struct("kvm_xsave")
+    image = bytearray(PAGE)
+    image[512] = 3
+    image[offset : offset + len(data)] = data
+    ffi.buffer(area)[:] = image
+    assert machine.call("KVM_SET_XSAVE", area) == EINVAL
+
+
+# MSRS
+
+
+def msrs(*entries):
+    keep = ffi.new("char[]", 8 + 16 * max(1, len(entries)))
+    header = ffi.cast("struct kvm_msrs *", keep)
+    header.nmsrs = len(entries)
+    for at, (index, data) in enumerate(entries):
+        header.entries[at].index, header.entries[at].data = index, data
+    return keep, header
+
+
+STAR, LSTAR, TSC_AUX, UNKNOWN = 0xC0000081, 0xC0000082, 0xC0000103, 0xDEADBEEF
+
+
+def test_msr_batch_when_one_is_unknown_stops_there(machine):
+    keep, header = msrs((STAR, 1), (UNKNOWN, 2), (LSTAR, 3))
+    assert machine.call("KVM_SET_MSRS", header) == (1, 0)
+    keep, header = msrs((STAR, 9), (LSTAR, 9), (UNKNOWN, 9))
+    assert machine.call("KVM_GET_MSRS", header) == (2, 0)
+    assert [header.entries[n].data for n in range(3)] == [1, 0, 9]
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [(0xC0000080, 1 << 40), (0x277, 0x02), (0x1D9, 0x40), (0xDA0, 1 << 8), (0x1B, 0x1)],
+)
+def test_impossible_msr_value_stops_the_batch(machine, index, value):
+    keep, header = msrs((index, value))
+    assert machine.call("KVM_SET_MSRS", header) == OK
+    del keep
+
+
+@pytest.mark.parametrize("count", [256, 257, 0xFFFFFFFF])
+def test_big_msr_batch_is_e2big(machine, count):
+    keep, header = msrs()
+    header.nmsrs = count
+    assert machine.call("KVM_GET_MSRS", header) == E2BIG
+    assert machine.call("KVM_SET_MSRS", header) == E2BIG
+    del keep
+
+
+def test_msr_index_list_is_all_readable(machine):
+    words = ffi.new("uint32_t[257]")
+    words[0] = 256
+    machine.ok(machine.ioctl(machine.kvm, lib.KVM_GET_MSR_INDEX_LIST, words))
+    keep, header = msrs(*((words[n + 1], 0) for n in range(words[0])))
+    assert machine.call("KVM_GET_MSRS", header).ret == words[0]
+    del keep
+
+
+def test_msrs_after_encryption_stop_at_what_the_guest_owns():
+    with simulated() as platform:
+        guest = launched(platform)
+        guest.ok(guest.finish()[0])
+        vcpu = guest.vcpus[0]
+        keep, header = msrs((TSC_AUX, 0), (STAR, 0))
+        assert guest.ioctl(vcpu, lib.KVM_GET_MSRS, header) == (1, 0)
+        assert guest.ioctl(vcpu, lib.KVM_SET_MSRS, header) == (1, 0)
+        keep, header = msrs((0xC0000080, 0))
+        assert guest.ioctl(vcpu, lib.KVM_GET_MSRS, header) == (0, 0)
+        del keep
+
+
+# CPUID2
+
+
+def test_cpuid_too_many_is_e2big(machine):
+    header = struct("kvm_cpuid2", nent=257)
+    assert machine.call("KVM_SET_CPUID2", header) == E2BIG
+
+
+def test_cpuid_with_odd_virtual_width_is_einval(machine):
+    assert machine.set_cpuid((0x80000008, 0, 0, 0x2F30, 0, 0, 0)) == EINVAL
+    assert machine.set_cpuid((0x80000008, 0, 0, 0x3030, 0, 0, 0)) == OK
+
+
+def test_get_cpuid_gives_the_table_or_e2big(machine):
+    machine.ok(machine.set_cpuid((0, 0, 0, 1, 2, 3, 4), (1, 0, 0, 5, 6, 7, 8)))
+    keep = ffi.new("char[]", 8 + 4 * ENTRY)
+    header = ffi.cast("struct kvm_cpuid2 *", keep)
+    header.nent = 1
+    assert machine.call("KVM_GET_CPUID2", header) == E2BIG
+    header.nent = 4
+    assert machine.call("KVM_GET_CPUID2", header) == OK
+    assert header.nent == 2
+    assert (header.entries[1].function, header.entries[1].edx) == (1, 8)
+    del keep
+
+
+def test_cpuid_after_the_first_run_must_be_the_same():
+    with simulated() as platform:
+        machine = Machine(platform, vm_type=4)
+        init = struct("kvm_sev_init")
+        vm = machine.create_vm(4, machine.kvm)
+        machine.ok(machine.sev(vm, lib.KVM_SEV_INIT2, init)[0])
+        machine.vcpu = machine.ok(machine.ioctl(vm, lib.KVM_CREATE_VCPU, 0))
+        table = (0, 0, 0, 1, 2, 3, 4)
+        assert machine.set_cpuid(table) == OK
+        assert machine.set_cpuid() == OK
+        assert machine.set_cpuid(table) == OK
+        assert machine.call("KVM_RUN") == OK
+        assert machine.set_cpuid(table) == OK
+        assert machine.set_cpuid() == EINVAL
+
+
+# MP_STATE, LAPIC
+
+
+@pytest.mark.parametrize("state", [1, 2, 3, 4, 9, 5, 6, 255])
+def test_mp_state_without_lapic_is_runnable_only(machine, state):
+    assert machine.call("KVM_SET_MP_STATE", struct("kvm_mp_state", mp_state=state)) == EINVAL
+    assert machine.call("KVM_SET_MP_STATE", struct("kvm_mp_state")) == OK
+
+
+@pytest.mark.parametrize(
+    ("state", "reported"), [(0, 0), (1, 1), (2, 2), (3, 3), (4, 0), (9, 9), (5, None), (255, None)]
+)
+def test_mp_state_with_lapic(state, reported):
+    with simulated() as platform:
+        machine = Machine(platform, split=True)
+        result = machine.call("KVM_SET_MP_STATE", struct("kvm_mp_state", mp_state=state))
+        assert result == (EINVAL if reported is None else OK)
+        expected = 0 if reported is None else reported
+        assert machine.get(machine.vcpu, lib.KVM_GET_MP_STATE).mp_state == expected
+
+
+def test_lapic_needs_an_irqchip(machine):
+    lapic = struct("kvm_lapic_state")
+    assert machine.call("KVM_GET_LAPIC", lapic) == EINVAL
+    assert machine.call("KVM_SET_LAPIC", lapic) == EINVAL
+
+
+def test_lapic_with_irqchip_keeps_what_is_set():
+    with simulated() as platform:
+        machine = Machine(platform, split=True)
+        lapic = struct("kvm_lapic_state")
+        lapic.regs[0x20] = b"\x01"
+        assert machine.call("KVM_SET_LAPIC", lapic) == OK
+        assert machine.get(machine.vcpu, lib.KVM_GET_LAPIC).regs[0x20] == b"\x01"
+
+
+@pytest.mark.parametrize(("split", "result"), [(False, OK), (True, OK)])
+def test_interrupt_takes_a_vector(split, result):
+    with simulated() as platform:
+        machine = Machine(platform, split=split)
+        assert machine.call("KVM_INTERRUPT", struct("kvm_interrupt", irq=0x20)) == result
+        assert machine.call("KVM_INTERRUPT", struct("kvm_interrupt", irq=256)) == EINVAL
+
+
+def test_interrupt_with_full_irqchip_is_enxio():
+    with simulated() as platform:
+        driver = Driver(platform)
+        vm = driver.create_vm(0)
+        driver.ok(driver.ioctl(vm, lib.KVM_CREATE_IRQCHIP))
+        vcpu = driver.ok(driver.ioctl(vm, lib.KVM_CREATE_VCPU, 0))
+        args = struct("kvm_interrupt", irq=0x20)
+        assert driver.ioctl(vcpu, lib.KVM_INTERRUPT, args) == (-1, errno.ENXIO)
+
+
+@pytest.mark.parametrize("flags", [0x10, 0x20, 0x40, 1 << 31])
+def test_vcpu_events_with_flags_nobody_enabled_are_einval(machine, flags):
+    assert machine.call("KVM_SET_VCPU_EVENTS", struct("kvm_vcpu_events", flags=flags)) == EINVAL
+
+
+@pytest.mark.parametrize("vector", [2, 32])
+def test_vcpu_events_with_impossible_exception_are_einval(machine, vector):
+    events = struct("kvm_vcpu_events")
+    events.exception.injected, events.exception.nr = 1, vector
+    assert machine.call("KVM_SET_VCPU_EVENTS", events) == EINVAL
+
+
+def test_signal_mask_has_eight_bytes_or_none(machine):
+    assert machine.call("KVM_SET_SIGNAL_MASK") == OK
+    assert machine.call("KVM_SET_SIGNAL_MASK", struct("kvm_signal_mask", len=4)) == EINVAL
+
+
+def test_translation_without_paging_is_the_address_itself(machine):
+    args = struct("kvm_translation", linear_address=0x1234)
+    assert machine.call("KVM_TRANSLATE", args) == OK
+    assert (args.physical_address, args.valid) == (0x1234, 1)
+
+
+def test_tsc_khz_of_vcpu(machine):
+    assert machine.call("KVM_SET_TSC_KHZ", 1234567) == OK
+    assert machine.call("KVM_GET_TSC_KHZ") == (1234567, 0)
+
+
+# PRE_FAULT
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"flags": 1, "size": PAGE},
+        {"gpa": 1, "size": PAGE},
+        {"size": 0},
+        {"size": 1},
+        {"gpa": (1 << 64) - PAGE, "size": 2 * PAGE},
+    ],
+)
+def test_pre_fault_with_wrong_argument_is_einval(machine, fields):
+    args = struct("kvm_pre_fault_memory", **fields)
+    assert machine.call("KVM_PRE_FAULT_MEMORY", args) == EINVAL
+
+
+def test_pre_fault_without_slot_is_enoent(machine):
+    args = struct("kvm_pre_fault_memory", size=PAGE)
+    assert machine.call("KVM_PRE_FAULT_MEMORY", args) == (-1, errno.ENOENT)
+    assert args.size == PAGE
+
+
+def test_pre_fault_beyond_slot_is_success_with_the_rest():
+    with simulated() as platform:
+        guest = Guest(platform, init=False, vm_type=0)
+        slot = {"guest_phys_addr": 0x100000, "memory_size": 2 * PAGE}
+        guest.ok(guest.set_region(userspace_addr=guest.ram.address, **slot))
+        vcpu = guest.add_vcpu()
+        args = struct("kvm_pre_fault_memory", gpa=0x100000, size=4 * PAGE)
+        assert guest.ioctl(vcpu, lib.KVM_PRE_FAULT_MEMORY, args) == OK
+        assert (args.gpa, args.size) == (0x102000, 2 * PAGE)
+
+
+# RUN
+
+
+def test_run_with_argument_is_einval(machine):
+    assert machine.call("KVM_RUN", 1) == EINVAL
+
+
+def test_run_page_is_shared_by_all_mappings_and_outlives_the_fd(machine):
+    first, second = machine.run_page(), machine.run_page()
+    first.immediate_exit = 1
+    assert second.immediate_exit == 1
+    machine.platform.close(machine.vcpu)
+    machine.platform.close(machine.vm)
+    assert first.immediate_exit == 1
+
+
+@pytest.mark.parametrize(("length", "offset"), [(0, 0), (4 * PAGE, 0), (PAGE, PAGE)])
+def test_run_page_mapped_otherwise_is_einval(machine, length, offset):
+    result = machine.platform.mmap(machine.vcpu, length, RW, mmap.MAP_SHARED, offset)
+    assert result == EINVAL
+
+
+def test_run_with_immediate_exit_is_eintr(machine):
+    machine.run_page().immediate_exit = 1
+    assert machine.call("KVM_RUN") == (-1, errno.EINTR)
+
+
+@pytest.mark.parametrize("field", ["kvm_valid_regs", "kvm_dirty_regs"])
+def test_run_with_unknown_sync_regs_is_einval_before_eintr(machine, field):
+    run = machine.run_page()
+    run.immediate_exit = 1
+    setattr(run, field, 8)
+    assert machine.call("KVM_RUN") == EINVAL
+
+
+@pytest.mark.parametrize("field", ["kvm_valid_regs", "kvm_dirty_regs"])
+def test_run_of_snp_vcpu_with_any_sync_regs_is_einval(field):
+    with simulated() as platform:
+        machine = Machine(platform, vm_type=4)
+        setattr(machine.run_page(), field, 1)
+        assert machine.call("KVM_RUN") == EINVAL
+
+
+def test_run_before_init2_is_einval_but_immediate_exit_comes_first():
+    with simulated() as platform:
+        machine = Machine(platform, vm_type=4)
+        assert machine.call("KVM_RUN") == EINVAL
+        machine.run_page().immediate_exit = 1
+        assert machine.call("KVM_RUN") == (-1, errno.EINTR)
+
+
+def test_run_before_finish_is_fail_entry():
+    with simulated() as platform:
+        guest = launched(platform)
+        run = guest.mmap_run(guest.vcpus[0])
+        assert platform.run(guest.vcpus[0], run, None) == (0, 0, False, 1)
+        assert run.exit_reason == lib.KVM_EXIT_FAIL_ENTRY
+        assert run.fail_entry.hardware_entry_failure_reason == 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("vm_type", [0, 4])
+def test_run_that_would_enter_the_guest_is_enosys(vm_type):
+    with simulated() as platform:
+        if vm_type:
+            guest = launched(platform)
+            guest.ok(guest.finish()[0])
+            vcpu = guest.vcpus[0]
+        else:
+            vcpu = Machine(platform).vcpu
+        assert platform.run(vcpu, None, None) == (-1, errno.ENOSYS, False, 1)
+
+
+def test_run_of_waiting_ap_is_enosys_or_eintr():
+    with simulated() as platform:
+        machine = Machine(platform, split=True, vcpu_id=1)
+        assert machine.call("KVM_RUN") == (-1, errno.ENOSYS)
+        machine.run_page().immediate_exit = 1
+        assert machine.call("KVM_RUN") == (-1, errno.EINTR)
+
+
+def test_vcpus_of_many_threads_do_not_disturb_each_other():
+    with simulated() as platform:
+        machine = Machine(platform)
+        fds = [machine.ok(machine.ioctl(machine.vm, lib.KVM_CREATE_VCPU, n)) for n in range(1, 9)]
+        wrong = []
+
+        def work(number, fd):
+            for _ in range(50):
+                regs = machine.get(fd, lib.KVM_GET_REGS)
+                if regs.rax not in (0, number):
+                    wrong.append((number, regs.rax))
+                regs.rax = number
+                machine.ok(machine.ioctl(fd, lib.KVM_SET_REGS, regs))
+                machine.ioctl(fd, lib.KVM_RUN)
+
+        threads = [threading.Thread(target=work, args=pair) for pair in enumerate(fds, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []

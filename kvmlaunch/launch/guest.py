@@ -1,0 +1,324 @@
+"""A guest from its plan: built, launched step by step, and closed again.
+
+guest = Guest(plan, platform)       # VM, memory, vCPUs with their registers
+guest.start()                       # SNP_LAUNCH_START
+for record in guest.update(): ...   # SNP_LAUNCH_UPDATE, a record per page
+for record in guest.finish(): ...   # SNP_LAUNCH_FINISH, a record per VMSA
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.errors import ClosedError, FormatError, LaunchStateError, MissingCapability
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange
+from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, apply_state
+from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
+from kvmlaunch.launch.measure import Predictor
+from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.snp import CpuidRejected, Finished, New, Started
+from kvmlaunch.uapi import Platform, address_of, ffi, lib
+
+__all__ = ["Guest", "Witness", "WitnessReport"]
+
+_CHUNK_PAGES = 256
+_NEEDED_CAPS = ("KVM_CAP_GUEST_MEMFD", "KVM_CAP_MEMORY_ATTRIBUTES", "KVM_CAP_USER_MEMORY2")
+
+
+class Witness(NamedTuple):
+    """One page of two witnesses that don't agree; None where one has no such page."""
+
+    seq: int
+    predicted: PageRecord | None
+    host: str | None
+
+
+class WitnessReport(NamedTuple):
+    """Prediction against host: ``agrees`` is None where the host can't be asked."""
+
+    agrees: bool | None
+    pages: int
+    first_difference: Witness | None
+
+    def __str__(self) -> str:
+        if self.agrees is None:
+            return "the host can't be asked what it measured; an ID block makes it confirm"
+        if self.agrees:
+            return f"prediction and host agree on all {self.pages} pages"
+        assert self.first_difference is not None
+        seq, predicted, host = self.first_difference
+        return (
+            f"prediction and host differ first at page {seq}: "
+            f"predicted {predicted or 'no page'}; host {host or 'no page'}"
+        )
+
+
+class _Backing(NamedTuple):
+    """A memory region, its shared side, and its private side if it has one."""
+
+    region: MemoryRegion
+    memory: HostMemory
+    memfd: GuestMemfd | None
+
+
+class Guest:
+    """A guest under construction, launched, or running. A context manager.
+
+    Attributes: ``plan``, ``platform``, ``kvm``, ``vm``, ``sev`` (None for a plain
+    VM), ``vcpus``, ``records`` (so far), ``state`` (New, Started, Finished; None for a
+    plain VM) and ``corrections`` (refused CPUID pages whose correction was taken).
+    """
+
+    def __init__(self, plan: LaunchPlan, platform: Platform, *, ghcb_version: int = 0) -> None:
+        """Build everything up to the vCPUs. Raises MissingCapability and IoctlError.
+
+        A plan that isn't confidential makes a plain VM, whose pages are loaded at once.
+        ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel.
+        """
+        self.plan = plan
+        self.platform = platform
+        self.records: list[PageRecord] = []
+        self.corrections: list[CpuidRejected] = []
+        self.state: New | Started | Finished | None = None
+        self.sev: SevDevice | None = None
+        self.vcpus: list[Vcpu] = []
+        self._predictor = Predictor()
+        self._backing: list[_Backing] = []
+        with ExitStack() as stack:
+            self._stack = stack
+            self.kvm = stack.enter_context(Kvm.open(platform))
+            self.vm = self._create_vm(stack, ghcb_version)
+            for slot, region in enumerate(plan.memory):
+                self._add_memory(stack, slot, region)
+            if plan.apic:
+                self.vm.split_irqchip()
+            self._add_vcpus(stack)
+            if not plan.confidential:
+                self._load()
+            self._stack = stack.pop_all()
+
+    def __repr__(self) -> str:
+        state = self.state.state if self.state else "plain"
+        return f"<Guest {self.plan.image} {state} platform={self.platform.name}>"
+
+    def _create_vm(self, stack: ExitStack, ghcb_version: int) -> Vm:
+        if not self.plan.confidential:
+            return stack.enter_context(self.kvm.create_vm(lib.KVM_X86_DEFAULT_VM))
+        if not self.kvm.supports_snp():
+            raise MissingCapability("SEV-SNP (VM type 4 in KVM_CAP_VM_TYPES)", "an SNP guest")
+        for cap in _NEEDED_CAPS:
+            if not self.kvm.check_extension(getattr(lib, cap)):
+                raise MissingCapability(cap, "the private memory of an SNP guest")
+        self.sev = stack.enter_context(SevDevice.open(self.platform))
+        vm = stack.enter_context(self.kvm.create_vm(lib.KVM_X86_SNP_VM))
+        # Without it KVM answers every page state change of the guest with an error.
+        vm.enable_cap(lib.KVM_CAP_EXIT_HYPERCALL, 1 << lib.KVM_HC_MAP_GPA_RANGE)
+        features = self.plan.sev_features & ~1
+        self.state = New.init(vm, self.sev, vmsa_features=features, ghcb_version=ghcb_version)
+        return vm
+
+    def _add_memory(self, stack: ExitStack, slot: int, region: MemoryRegion) -> None:
+        memory = HostMemory(self.platform, region.size)
+        stack.callback(memory.close)
+        memfd = None
+        if self.plan.confidential:
+            memfd = stack.enter_context(self.vm.create_guest_memfd(region.size))
+            self.vm.set_user_memory_region2(
+                slot, region.gpa, region.size, memory.address, memfd=memfd
+            )
+            self.vm.set_memory_attributes(region.gpa, region.size, private=True)
+        else:
+            self.vm.set_user_memory_region(slot, region.gpa, region.size, memory.address)
+        self._backing.append(_Backing(region, memory, memfd))
+
+    def _add_vcpus(self, stack: ExitStack) -> None:
+        supported = self.kvm.supported_cpuid()
+        for index, state in enumerate(self.plan.vcpus):
+            vcpu = stack.enter_context(self.vm.create_vcpu(index))
+            cpuid = guest_cpuid(supported, index, confidential=self.plan.confidential)
+            apply_state(vcpu, state, cpuid, bsp=index == 0)
+            self.vcpus.append(vcpu)
+            if index == 0:
+                self._bsp_cpuid = cpuid
+
+    def _load(self) -> None:
+        for step in self.plan.steps:
+            for offset, piece in ((piece.offset, piece.data) for piece in step.pieces):
+                self.memory_view(step.gpa + offset, len(piece))[:] = piece
+
+    def memory_view(self, gpa: int, size: int) -> memoryview:
+        """The shared side of guest memory; what a plain guest sees there.
+
+        Raises FormatError where the range isn't inside one memory region.
+        """
+        backing = self._backing_of(gpa, size)
+        offset = gpa - backing.region.gpa
+        return backing.memory.view[offset : offset + size]
+
+    def _backing_of(self, gpa: int, size: int) -> _Backing:
+        for backing in self._backing:
+            if backing.region.gpa <= gpa and gpa + size <= backing.region.end:
+                return backing
+        raise FormatError(f"GPA {gpa:#x}..{gpa + size:#x} is not inside the guest's memory")
+
+    @property
+    def digest(self) -> bytes:
+        """The predicted launch digest of what has been launched so far."""
+        return self._predictor.digest
+
+    def start(self) -> None:
+        """SNP_LAUNCH_START with the plan's policy."""
+        self.state = self._in_state("start").start(self.plan.policy)
+
+    def update(self, *, retry_cpuid: bool = False) -> Iterator[PageRecord]:
+        """SNP_LAUNCH_UPDATE for every page of the plan; yields a record per page done.
+
+        ``retry_cpuid``: where the firmware refuses the CPUID page, take its
+        correction and try once more; otherwise CpuidRejected shows the difference.
+        """
+        for step in self.plan.steps:
+            yield from self._update_step(self._in_state("update"), step, retry_cpuid)
+
+    def finish(self) -> list[PageRecord]:
+        """SNP_LAUNCH_FINISH; returns a record per VMSA that KVM measured."""
+        state = self._in_state("finish")
+        # A step in the wrong state must leave the prediction as it is.
+        predictor = self._predictor.copy()
+        records = [
+            predictor.synced_vmsa(index, vmsa, self.plan.sev_features)
+            for index, vmsa in enumerate(self.plan.vcpus)
+        ]
+        self.state = state.finish(
+            host_data=self.plan.host_data,
+            id_block=self.plan.id_block,
+            id_auth=self.plan.id_auth,
+            auth_key=self.plan.author_key_enabled,
+            digest=predictor.digest,
+        )
+        self._predictor = predictor
+        self.records += records
+        return records
+
+    def launch(self, *, retry_cpuid: bool = False) -> Guest:
+        """start(), update() and finish() in one call; returns the guest."""
+        self.start()
+        for _ in self.update(retry_cpuid=retry_cpuid):
+            pass
+        self.finish()
+        return self
+
+    def _in_state(self, step: str) -> Any:
+        """The state, whatever it is: a step it doesn't have raises LaunchStateError itself."""
+        if self.state is None:
+            raise LaunchStateError(step, have="plain (no SNP guest)", need="New or Started")
+        return self.state
+
+    def _update_step(
+        self, state: Started, step: PageRange, retry_cpuid: bool
+    ) -> Iterator[PageRecord]:
+        index = 0
+        with HostMemory(self.platform, _CHUNK_PAGES * PAGE_SIZE) as staging:
+            while index < step.npages:
+                count = min(_CHUNK_PAGES, step.npages - index)
+                address = self._source(step, index, count, staging)
+                for done in self._send(state, step, index, address, count, retry_cpuid):
+                    # All that the kernel took is recorded before anyone looks at it.
+                    batch = [self._predictor.page(step, index + n) for n in range(done)]
+                    self.records += batch
+                    index += done
+                    yield from batch
+
+    def _send(
+        self,
+        state: Started,
+        step: PageRange,
+        first: int,
+        address: int,
+        count: int,
+        retry_cpuid: bool,
+    ) -> Iterator[int]:
+        """Launch ``count`` pages from page ``first``; yields the number done by each call."""
+        index, end = first, first + count
+        while index < end:
+            source = address + (index - first) * PAGE_SIZE if address else 0
+            what = f"page {index} of {step.label} ({step.origin_of(index)})"
+            place = (step.gpa + index * PAGE_SIZE, step.type, source, (end - index) * PAGE_SIZE)
+            try:
+                done = state.update(*place, what=what)
+            except CpuidRejected as error:
+                if not retry_cpuid:
+                    raise
+                self.corrections.append(error)
+                # The source page holds the firmware's correction now.
+                done = state.update(*place, what=what)
+            yield done // PAGE_SIZE
+            index += done // PAGE_SIZE
+
+    def _source(self, step: PageRange, index: int, count: int, staging: HostMemory) -> int:
+        """Address of the source of ``count`` pages: the mapped file, or the staging memory."""
+        if step.type is PageType.ZERO:
+            return 0
+        direct = step.span(index, count)
+        if direct is not None:
+            address = address_of(ffi.from_buffer(direct))
+            if address % PAGE_SIZE == 0:
+                return address
+        view = staging.view
+        for page in range(count):
+            at = page * PAGE_SIZE
+            if step.type is PageType.CPUID:
+                view[at : at + PAGE_SIZE] = snp_cpuid_page(self._bsp_cpuid)
+            else:
+                view[at : at + PAGE_SIZE] = step.page(index + page)
+        return staging.address
+
+    def witness(self) -> WitnessReport:
+        """Hold the prediction against what the host's firmware measured, page by page."""
+        host = self.platform.measured_pages(self.vm.fd)
+        if host is None:
+            return WitnessReport(None, len(self.records), None)
+        for seq in range(max(len(host), len(self.records))):
+            predicted = self.records[seq] if seq < len(self.records) else None
+            measured = host[seq] if seq < len(host) else None
+            if predicted and measured:
+                ours = (predicted.type, predicted.gpa, predicted.contents, predicted.digest)
+                if ours == tuple(measured):
+                    continue
+            text = None
+            if measured:
+                text = (
+                    f"{measured.gpa:#x} type {measured.type} contents "
+                    f"{measured.contents.hex()[:16]} digest {measured.digest.hex()[:16]}"
+                )
+            return WitnessReport(False, len(self.records), Witness(seq, predicted, text))
+        return WitnessReport(True, len(self.records), None)
+
+    def convert(self, gpa: int, size: int, *, private: bool) -> None:
+        """Make guest memory private or shared, and free the side that is left.
+
+        Raises FormatError outside the guest's memory or for parts of pages, and IoctlError.
+        """
+        if gpa % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+            raise FormatError(f"{size:#x} bytes at GPA {gpa:#x}: not whole pages")
+        backing = self._backing_of(gpa, size)
+        self.vm.set_memory_attributes(gpa, size, private=private)
+        offset = gpa - backing.region.gpa
+        if private:
+            backing.memory.discard(offset, size)
+        elif backing.memfd is not None:
+            backing.memfd.punch_hole(offset, size)
+
+    def close(self) -> None:
+        """Close every descriptor and unmap all memory; nothing happens the second time."""
+        self._stack.close()
+
+    def __enter__(self) -> Guest:
+        if self.vm.closed:
+            raise ClosedError("guest")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,172 @@
+"""The page log: JSON Lines, schema kvmlaunch.log/1, whole lines only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvmlaunch.errors import KvmLaunchError
+from kvmlaunch.images.plan import LaunchPlan
+from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.version import __version__
+
+if TYPE_CHECKING:
+    from kvmlaunch.uapi import Call
+
+__all__ = ["LogError", "NullLog", "PageLog", "open_log"]
+
+SCHEMA = "kvmlaunch.log/1"
+_FLUSH_BYTES = 1 << 16
+
+
+class LogError(KvmLaunchError):
+    """The log can't be written."""
+
+
+class PageLog:
+    """Writes events to a file, ``-`` for standard output.
+
+    Buffered until flush(), which the launch calls at each step; if the disk is
+    full the file is cut back to its last whole line. A context manager.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._buffer = bytearray()
+        if path == "-":
+            self._fd = os.dup(sys.stdout.fileno())
+            return
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise LogError(f"log {path}: {error.strerror}") from None
+
+    def header(self, plan: LaunchPlan, *, platform: str, profile: str, vmsa_mode: str) -> None:
+        """The first event: what is launched, and on which platform."""
+        self.write(
+            {
+                "event": "header",
+                "schema": SCHEMA,
+                "platform": platform,
+                "profile": profile,
+                "image": plan.image,
+                "sha256": hashlib.sha256(plan.data).hexdigest(),
+                "policy": f"{plan.policy:#x}",
+                "vmsa_mode": vmsa_mode,
+                "version": __version__,
+            }
+        )
+        self.flush()
+
+    def record(self, record: PageRecord) -> None:
+        """A measured page or VMSA."""
+        self.write(record.to_event())
+
+    def call(self, call: Call) -> None:
+        """A system call of the launch."""
+        event: dict[str, Any] = {
+            "event": "ioctl",
+            "name": call.name,
+            "ret": call.ret,
+            "errno": call.errno,
+        }
+        if call.fw_error is not None:
+            event["fw_error"] = call.fw_error
+        event["ns"] = call.ns
+        if call.sent:
+            event["sent"] = call.sent
+        self.write(event)
+
+    def finish(self, digest: bytes, pages: int, *, agrees: bool | None = None) -> None:
+        """The launch digest. ``agrees``: the host's firmware says the same (None: not asked)."""
+        event: dict[str, Any] = {"event": "finish", "digest": digest.hex(), "pages": pages}
+        event["predicted"] = True
+        if agrees is not None:
+            event["host_agrees"] = agrees
+        self.write(event)
+
+    def exit(self, vcpu: int, reason: str, detail: str) -> None:
+        """An exit of the running guest; flushed at once, since the next step may hang."""
+        self.write({"event": "exit", "vcpu": vcpu, "reason": reason, "detail": detail})
+        self.flush()
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Add one event."""
+        self._buffer += json.dumps(event, separators=(",", ":")).encode() + b"\n"
+        if len(self._buffer) >= _FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the kernel. Raises LogError."""
+        data, self._buffer = bytes(self._buffer), bytearray()
+        done = 0
+        try:
+            while done < len(data):
+                done += os.write(self._fd, data[done:])
+        except OSError as error:
+            self._cut(data[:done])
+            raise LogError(f"log {self.path}: {error.strerror}") from None
+
+    def _cut(self, written: bytes) -> None:
+        """Drop the part of a line that still got onto a full disk."""
+        partial = len(written) - (written.rfind(b"\n") + 1)
+        if not partial:
+            return
+        try:
+            # Counted from here: standard output may have held something before.
+            os.ftruncate(self._fd, os.lseek(self._fd, -partial, os.SEEK_CUR))
+        except OSError:
+            return  # a pipe or a device keeps what it got
+
+    def close(self) -> None:
+        """Flush and close; nothing happens the second time."""
+        if self._fd < 0:
+            return
+        try:
+            self.flush()
+        finally:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> PageLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class NullLog:
+    """A log that nobody wants."""
+
+    def header(self, plan: LaunchPlan, *, platform: str, profile: str, vmsa_mode: str) -> None:
+        """Nothing."""
+
+    def record(self, record: PageRecord) -> None:
+        """Nothing."""
+
+    def call(self, call: Call) -> None:
+        """Nothing."""
+
+    def finish(self, digest: bytes, pages: int, *, agrees: bool | None = None) -> None:
+        """Nothing."""
+
+    def exit(self, vcpu: int, reason: str, detail: str) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NullLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing."""
+
+
+def open_log(path: str | None) -> PageLog | NullLog:
+    """The log at ``path`` (``-`` is standard output), or one that writes nothing."""
+    return NullLog() if path is None else PageLog(path)

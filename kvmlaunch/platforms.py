@@ -1,0 +1,64 @@
+"""The one place that chooses between the real kernel and the simulated host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvmlaunch.errors import FormatError, KvmLaunchError
+from kvmlaunch.kvm import Kvm, SevDevice
+from kvmlaunch.uapi import Platform, RealPlatform
+
+__all__ = ["DEFAULT_PROFILE", "Choice", "open_platform"]
+
+DEFAULT_PROFILE = "6.12"
+
+
+class Choice(NamedTuple):
+    """A platform and the sentence that says why it was taken."""
+
+    platform: Platform
+    why: str
+
+
+def open_platform(
+    name: str = "auto",
+    *,
+    profile: str = DEFAULT_PROFILE,
+    confidential: bool = True,
+    faults: Sequence[str] = (),
+) -> Choice:
+    """Choose a platform: ``kvm``, ``sim``, or ``auto``.
+
+    ``auto`` takes the real kernel where it can do what is asked (launch SNP guests,
+    or any guest with ``confidential=False``), else the simulated host. ``profile``
+    and ``faults`` are the simulated host's. Raises FormatError for another name.
+    """
+    if name not in ("auto", "kvm", "sim"):
+        raise FormatError(f"no platform is named {name!r}; known are auto, kvm, sim")
+    if name == "kvm":
+        return Choice(RealPlatform(), "platform kvm: this machine's kernel")
+    why = "as asked"
+    if name == "auto":
+        missing = _missing(RealPlatform(), confidential)
+        if missing is None:
+            return Choice(RealPlatform(), "platform kvm: this machine's kernel")
+        why = f"since {missing}"
+    from kvmlaunch.sim import SimPlatform  # only here: a real host needs none of it
+
+    sim = SimPlatform(profile, faults=faults)
+    return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
+
+
+def _missing(platform: Platform, confidential: bool) -> str | None:
+    """What keeps this machine's kernel from it, or None."""
+    try:
+        with Kvm.open(platform) as kvm:
+            if not confidential:
+                return None
+            if not kvm.supports_snp():
+                return "this machine's KVM has no SEV-SNP"
+        SevDevice.open(platform).close()
+    except KvmLaunchError as error:
+        return str(error).splitlines()[0]
+    return None

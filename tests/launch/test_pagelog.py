@@ -1,0 +1,471 @@
+"""The page log: schema kvmlaunch.log/1, whole lines whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmlaunch.errors import FirmwareError
+from kvmlaunch.images import LaunchPlan
+from kvmlaunch.launch.measure import measure, page_records
+from kvmlaunch.launch.pagelog import LogError, NullLog, PageLog, open_log
+from kvmlaunch.launch.session import Session
+from kvmlaunch.sim import SimPlatform
+from kvmlaunch.version import __version__
+
+from .rig import (
+    Playback,
+    Scripted,
+    io_out,
+    map_gpa,
+    out_and_exit,
+    plain_exit,
+    small_plan,
+    system_event,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+ZEROS = "0" * 96
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    text = path.read_bytes()
+    assert text.endswith(b"\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def session_log(
+    tmp_path: Path,
+    *scripts: Scripted,
+    faults: tuple[str, ...] = (),
+    ioctls: bool = False,
+    launch_plan: LaunchPlan | None = None,
+) -> list[dict[str, Any]]:
+    """Events of a launch, and of a run where there are scripts."""
+    path = tmp_path / "log"
+    with SimPlatform("6.18", faults=faults) as host, PageLog(str(path)) as log:
+        platform = Playback(host, dict(enumerate(scripts)))
+        with Session(launch_plan or small_plan(), platform, log=log, ioctls=ioctls) as session:
+            session.launch()
+            if scripts:
+                session.run(lambda text: None, timeout=20)
+    return events(path)
+
+
+def of_kind(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [event for event in found if event["event"] == kind]
+
+
+# Schema
+
+
+def test_log_when_a_guest_is_launched_has_events_in_order(tmp_path: Path) -> None:
+    kinds = [event["event"] for event in session_log(tmp_path)]
+    assert kinds == ["header", *["page"] * 6, "vmsa", "finish"]
+
+
+def test_header_when_written_says_what_is_launched_and_where(tmp_path: Path) -> None:
+    assert session_log(tmp_path)[0] == {
+        "event": "header",
+        "schema": "kvmlaunch.log/1",
+        "platform": "sim",
+        "profile": "6.18",
+        "image": "test.bin",
+        "sha256": hashlib.sha256(b"test").hexdigest(),
+        "policy": "0x30000",
+        "vmsa_mode": "sync",
+        "version": __version__,
+    }
+
+
+def test_pages_when_written_spell_types_as_the_schema_does(tmp_path: Path) -> None:
+    found = session_log(tmp_path)
+    assert [event["type"] for event in found[1:-1]] == [
+        *["NORMAL", "NORMAL", "ZERO", "SECRETS", "CPUID", "UNMEASURED"],
+        "VMSA",
+    ]
+
+
+def test_page_when_written_has_the_fields_of_the_schema_in_order(tmp_path: Path) -> None:
+    page = session_log(tmp_path)[1]
+    assert list(page) == [
+        *["event", "seq", "gpa", "type", "contents", "digest", "origin", "label"],
+    ]
+    assert (page["seq"], page["gpa"], page["label"]) == (0, "0x1000", "image")
+    assert page["contents"] == hashlib.sha384(b"a" * 4096).hexdigest()
+
+
+def test_vmsa_when_written_has_the_fields_of_the_schema_in_order(tmp_path: Path) -> None:
+    vmsa = session_log(tmp_path)[-2]
+    assert list(vmsa) == [
+        *["event", "seq", "vcpu", "gpa", "type", "contents", "digest", "origin"],
+    ]
+    assert (vmsa["vcpu"], vmsa["gpa"], vmsa["origin"]) == (0, "0xfffffffff000", "kvm-sync")
+
+
+@pytest.mark.parametrize("type_", ["ZERO", "SECRETS", "CPUID", "UNMEASURED"])
+def test_contents_when_firmware_measures_none_are_96_zeros(tmp_path: Path, type_: str) -> None:
+    (page,) = [e for e in session_log(tmp_path) if e.get("type") == type_]
+    assert page["contents"] == ZEROS
+
+
+def test_digests_when_written_are_96_lower_case_hex_digits(tmp_path: Path) -> None:
+    for event in session_log(tmp_path)[1:]:
+        assert len(event["digest"]) == 96
+        assert set(event["digest"]) <= set("0123456789abcdef")
+
+
+def test_finish_when_written_has_the_last_digest_and_the_number_of_pages(tmp_path: Path) -> None:
+    *_, vmsa, finish = session_log(tmp_path)
+    assert finish == {
+        "event": "finish",
+        "digest": vmsa["digest"],
+        "pages": 7,
+        "predicted": True,
+        "host_agrees": True,
+    }
+
+
+def test_finish_when_nobody_was_asked_does_not_say_whether_the_host_agrees(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    with PageLog(str(path)) as log:
+        log.finish(bytes(48), 0)
+    assert events(path) == [{"event": "finish", "digest": ZEROS, "pages": 0, "predicted": True}]
+
+
+def test_log_when_measured_has_the_same_pages_as_when_launched(tmp_path: Path) -> None:
+    path = tmp_path / "measured"
+    with PageLog(str(path)) as log:
+        for record in page_records(small_plan()):
+            log.record(record)
+    assert events(path) == session_log(tmp_path)[1:-1]
+
+
+def test_log_when_the_launch_fails_has_the_pages_done(tmp_path: Path) -> None:
+    with pytest.raises(FirmwareError):
+        session_log(tmp_path, faults=("SNP_LAUNCH_UPDATE:fw=0x1a@3+",))
+    assert [event["event"] for event in events(tmp_path / "log")] == ["header", "page", "page"]
+
+
+def test_names_when_they_are_not_ascii_are_written_as_json(tmp_path: Path) -> None:
+    name = 'kärnel "1"\n.elf'
+    found = session_log(tmp_path, launch_plan=replace(small_plan(), image=name))
+    assert found[0]["image"] == name
+
+
+# Exits and calls
+
+
+def test_exits_when_the_guest_runs_are_written(tmp_path: Path) -> None:
+    def script(run: Any) -> Any:
+        yield map_gpa(run, 0x3000, 1, private=False)
+        yield system_event(run, 6, 0x021100)
+
+    assert of_kind(session_log(tmp_path, script), "exit") == [
+        {
+            "event": "exit",
+            "vcpu": 0,
+            "reason": "KVM_EXIT_HYPERCALL",
+            "detail": "KVM_EXIT_HYPERCALL MAP_GPA_RANGE gpa=0x3000 pages=1 to=shared",
+        },
+        {
+            "event": "exit",
+            "vcpu": 0,
+            "reason": "KVM_EXIT_SYSTEM_EVENT",
+            "detail": "KVM_EXIT_SYSTEM_EVENT SEV_TERM data=['0x21100']",
+        },
+    ]
+
+
+def test_exits_when_they_are_console_output_are_not_written(tmp_path: Path) -> None:
+    found = of_kind(session_log(tmp_path, out_and_exit(b"text\n")), "exit")
+    assert [event["detail"].split()[2] for event in found] == ["port=0xf4"]
+
+
+def test_exit_when_its_number_is_unknown_is_named(tmp_path: Path) -> None:
+    def script(run: Any) -> Any:
+        yield plain_exit(run, 999)
+
+    (event,) = of_kind(session_log(tmp_path, script), "exit")
+    assert event["reason"] == "KVM_EXIT_999"
+
+
+def test_exit_when_written_is_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with PageLog(str(path)) as log:
+        log.exit(1, "KVM_EXIT_HLT", "KVM_EXIT_HLT")
+        assert events(path)[-1]["vcpu"] == 1
+
+
+def test_calls_when_not_asked_for_are_not_written(tmp_path: Path) -> None:
+    assert of_kind(session_log(tmp_path), "ioctl") == []
+
+
+def test_calls_when_asked_for_are_written_with_their_result(tmp_path: Path) -> None:
+    calls = of_kind(session_log(tmp_path, ioctls=True), "ioctl")
+    updates = [call for call in calls if call["name"] == "KVM_SEV_SNP_LAUNCH_UPDATE"]
+    assert [list(call)[:6] for call in updates] == [
+        ["event", "name", "ret", "errno", "fw_error", "ns"]
+    ] * 5
+    assert {(call["ret"], call["errno"], call["fw_error"]) for call in updates} == {(0, 0, 0)}
+
+
+def test_calls_when_they_have_no_firmware_word_have_no_such_field(tmp_path: Path) -> None:
+    calls = of_kind(session_log(tmp_path, ioctls=True), "ioctl")
+    (created,) = [call for call in calls if call["name"] == "KVM_CREATE_VM"]
+    assert "fw_error" not in created
+
+
+def test_calls_when_one_fails_show_errno_and_firmware_word(tmp_path: Path) -> None:
+    with pytest.raises(FirmwareError):
+        session_log(tmp_path, faults=("SNP_LAUNCH_FINISH:fw=0x0b",), ioctls=True)
+    last = [c for c in events(tmp_path / "log") if c.get("name") == "KVM_SEV_SNP_LAUNCH_FINISH"]
+    assert [(c["ret"], c["errno"], c["fw_error"]) for c in last] == [(-1, errno.EIO, 11)]
+
+
+def test_calls_when_written_stand_before_the_pages_that_they_measured(tmp_path: Path) -> None:
+    found = session_log(tmp_path, ioctls=True)
+    names = [event.get("name", event["event"]) for event in found]
+    start = names.index("KVM_SEV_SNP_LAUNCH_UPDATE")
+    assert names[start + 1 : start + 3] == ["page", "page"]
+
+
+# Whole lines
+
+
+def test_log_when_each_step_is_done_is_on_disk(tmp_path: Path) -> None:
+    """What a crash in the next step would leave: all pages of the steps before."""
+    path = tmp_path / "log"
+    seen: list[int] = []
+
+    class Watching(SimPlatform):
+        def ioctl(self, fd: int, request: int, arg: int = 0) -> Any:
+            seen.append(path.read_bytes().count(b'"event":"page"'))
+            return super().ioctl(fd, request, arg)
+
+    with (
+        Watching() as host,
+        PageLog(str(path)) as log,
+        Session(small_plan(), host, log=log) as session,
+    ):
+        session.launch()
+    # Two pages in the first step, then one in each, all before SNP_LAUNCH_FINISH.
+    assert sorted(set(seen)) == [0, 2, 3, 4, 5, 6]
+
+
+CRASH = """
+import os, signal, sys
+from kvmlaunch.launch.pagelog import PageLog
+from kvmlaunch.launch.session import Session
+from kvmlaunch.sim import SimPlatform
+from tests.launch.rig import plan, step
+
+pages = plan([step(0x1000, [b"x" * 4096] * 600)], memory=[(0, 4 << 20)])
+session = Session(pages, SimPlatform(), log=PageLog(sys.argv[1]))
+
+def crash(record):
+    if record.seq == 500:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+session.on_record = crash
+session.launch()
+"""
+
+
+def child(code: str, *args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=30,
+        check=False,
+        **options,
+    )
+
+
+def test_log_when_the_process_is_killed_has_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    assert child(CRASH, str(path)).returncode == -9
+    # The buffer went out before it grew past 64 KiB: some of the 500 pages are there.
+    assert len(events(path)) > 100
+
+
+LIMITED = """
+import json, os, resource, signal, sys
+from kvmlaunch.launch.pagelog import LogError, PageLog
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+log = PageLog(sys.argv[1])
+log.write({"line": 1})
+log.flush()
+limit(os.fstat(log._fd).st_size + 25)
+for number in range(2, 6):
+    log.write({"line": number})
+try:
+    log.flush()
+except LogError as error:
+    print(error, file=sys.stderr)
+if sys.argv[2] == "go on":
+    limit(hard)
+    log.write({"line": 6})
+log.close()
+"""
+
+
+def test_log_when_the_disk_fills_up_ends_with_a_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    child(LIMITED, str(path), "stop")
+    assert [event["line"] for event in events(path)] == [1, 2, 3]
+
+
+def test_log_when_the_disk_fills_up_is_an_error_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    done = child(LIMITED, str(path), "stop")
+    assert done.stderr.decode() == f"log {path}: {os.strerror(errno.EFBIG)}\n"
+
+
+def test_log_when_the_disk_has_room_again_goes_on_behind_the_last_whole_line(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "log"
+    child(LIMITED, str(path), "go on")
+    assert [event["line"] for event in events(path)] == [1, 2, 3, 6]
+
+
+def test_log_when_the_disk_fills_up_keeps_what_standard_output_held_before(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b'{"line":0}\n')
+    with path.open("ab") as out:
+        subprocess.run(
+            [sys.executable, "-c", LIMITED, "-", "stop"],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=30,
+            check=True,
+        )
+    assert [event["line"] for event in events(path)] == [0, 1, 2, 3]
+
+
+def test_log_when_a_write_is_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    write = os.write
+    with PageLog(str(path)) as log:
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(data)[:7]))
+        log.header(small_plan(), platform="sim", profile="6.12", vmsa_mode="sync")
+        monkeypatch.undo()
+    assert events(path)[0]["event"] == "header"
+
+
+def test_log_when_the_device_is_full_is_an_error() -> None:
+    log = PageLog("/dev/full")
+    with pytest.raises(LogError, match="log /dev/full: No space left on device"):
+        log.header(small_plan(), platform="sim", profile="6.12", vmsa_mode="sync")
+    log.close()
+
+
+def test_launch_when_the_log_can_not_be_written_stops(tmp_path: Path) -> None:
+    with SimPlatform() as host:
+        with pytest.raises(LogError), PageLog("/dev/full") as log:
+            Session(small_plan(), host, log=log)
+        assert host.open_fds == ()
+
+
+def test_log_when_it_failed_can_be_closed() -> None:
+    log = PageLog("/dev/full")
+    log.write({"event": "x"})
+    with pytest.raises(LogError):
+        log.close()
+    log.close()
+
+
+def test_log_when_it_failed_leaves_no_descriptor() -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(LogError), PageLog("/dev/full") as log:
+        log.write({"event": "x"})
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("/nonexistent/log", "No such file or directory"), ("/", "Is a directory")],
+)
+def test_log_when_the_file_can_not_be_made_is_an_error(path: str, text: str) -> None:
+    with pytest.raises(LogError, match=text):
+        PageLog(path)
+
+
+def test_log_when_the_file_exists_starts_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("old\n" * 1000)
+    with PageLog(str(path)) as log:
+        log.write({"event": "x"})
+    assert path.read_text() == '{"event":"x"}\n'
+
+
+# Standard output, and none
+
+
+def test_log_when_the_path_is_a_dash_goes_to_standard_output(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with PageLog("-") as log:
+        log.finish(measure(small_plan()).digest, 7)
+    assert json.loads(capfd.readouterr().out)["pages"] == 7
+
+
+def test_log_when_on_standard_output_leaves_it_open(capfd: pytest.CaptureFixture[str]) -> None:
+    PageLog("-").close()
+    print("still open")
+    assert capfd.readouterr().out == "still open\n"
+
+
+def test_open_log_when_there_is_no_path_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with open_log(None) as log, SimPlatform() as host:
+        assert isinstance(log, NullLog)
+        with Session(small_plan(), host, log=log, ioctls=True) as session:
+            session.launch()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_open_log_when_there_is_a_path_is_a_page_log(tmp_path: Path) -> None:
+    with open_log(str(tmp_path / "log")) as log:
+        assert isinstance(log, PageLog)
+
+
+def test_session_when_records_are_watched_gets_each_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    with SimPlatform() as host, Session(small_plan(vcpus=2), host) as session:
+        session.on_record = lambda record: seen.append(record.seq)
+        session.launch()
+    assert seen == list(range(8))
+
+
+def test_session_when_exits_are_watched_gets_each_once() -> None:
+    def script(run: Any) -> Any:
+        yield io_out(run, 0xF4, b"\0")
+
+    seen: list[int] = []
+    with SimPlatform() as host, Session(small_plan(), Playback(host, {0: script})) as session:
+        session.on_exit = lambda vcpu, exit_: seen.append(vcpu)
+        session.launch()
+        session.run(print, timeout=20)
+    assert seen == [0]

@@ -1,0 +1,115 @@
+"""kvmlaunch inspect: show what a launch would do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+from kvmlaunch.abi.policy import describe_policy
+from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Segment, Vmsa, describe_sev_features
+from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
+from kvmlaunch.cli.talk import DONE, Talk
+from kvmlaunch.images import LaunchPlan
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "inspect",
+        help="show the plan: memory map, pages by type, vCPU state",
+        description="Show what launching an image would do, step by step. Nothing is launched.",
+    )
+    add_image_options(parser)
+    add_launch_options(parser, log=False)
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(args: argparse.Namespace, talk: Talk) -> int:
+    plan = plan_from(args)
+    print(json.dumps(_as_json(plan), indent=2) if args.json else _as_text(plan))
+    return DONE
+
+
+def _as_json(plan: LaunchPlan) -> dict[str, Any]:
+    return {
+        "schema": "kvmlaunch.plan/1",
+        "image": plan.image,
+        "image_type": plan.image_type,
+        "policy": f"{plan.policy:#x}",
+        "sev_features": f"{plan.sev_features:#x}",
+        "memory": [
+            {"gpa": f"{m.gpa:#x}", "size": f"{m.size:#x}", "label": m.label} for m in plan.memory
+        ],
+        "steps": [
+            {
+                "gpa": f"{s.gpa:#x}",
+                "pages": s.npages,
+                "type": s.type.name,
+                "label": s.label,
+                "origin": s.origin,
+            }
+            for s in plan.steps
+        ],
+        "pages": dict(_pages_by_type(plan)),
+        "vcpus": [dict(_registers(vcpu)) for vcpu in plan.vcpus],
+    }
+
+
+def _as_text(plan: LaunchPlan) -> str:
+    lines = [f"{plan.image}: {plan.image_type}", "", "memory"]
+    lines += [
+        f"  {m.gpa:#014x}..{m.end:#014x} {m.size >> 10:>9} KiB  {m.label}" for m in plan.memory
+    ]
+    lines += ["", "launch, in this order"]
+    lines += [
+        f"  {s.gpa:#014x}..{s.end:#014x} {s.npages:>6} {s.type.name:<10} {s.label} ({s.origin})"
+        for s in plan.steps
+    ]
+    counts = ", ".join(f"{count} {name}" for name, count in _pages_by_type(plan).items())
+    lines += ["", f"pages: {counts}"]
+    lines += ["", f"policy {plan.policy:#x}", *(f"  {bit}" for bit in describe_policy(plan.policy))]
+    features = ", ".join(describe_sev_features(plan.sev_features))
+    lines += ["", f"SEV features {plan.sev_features:#x}: {features}"]
+    seen: dict[Vmsa, list[int]] = {}
+    for index, vcpu in enumerate(plan.vcpus):
+        seen.setdefault(vcpu, []).append(index)
+    for vcpu, indices in seen.items():
+        lines += ["", f"vCPU {_ranges(indices)} (fields that are not 0)"]
+        lines += [f"  {name:<16} {value}" for name, value in _registers(vcpu).items()]
+    return "\n".join(lines)
+
+
+def _pages_by_type(plan: LaunchPlan) -> dict[str, int]:
+    """Measured pages, the VMSAs that KVM adds included."""
+    counts: Counter[str] = Counter()
+    for step in plan.steps:
+        counts[step.type.name] += step.npages
+    counts["VMSA"] += len(plan.vcpus)
+    return dict(counts)
+
+
+def _registers(vcpu: Vmsa) -> dict[str, str]:
+    out = {}
+    for name, *_ in VMSA_FIELDS:
+        value = vcpu.get(name)
+        if isinstance(value, Segment):
+            parts = [(part, getattr(value, part)) for part, *_ in SEGMENT_FIELDS]
+            if any(number for _, number in parts):
+                out[name] = " ".join(f"{part}={number:#x}" for part, number in parts)
+        elif isinstance(value, bytes):
+            if any(value):
+                out[name] = value.hex()
+        elif value:
+            out[name] = f"{value:#x}"
+    return out
+
+
+def _ranges(indices: list[int]) -> str:
+    if len(indices) > 1 and indices[-1] - indices[0] == len(indices) - 1:
+        return f"{indices[0]}-{indices[-1]}"
+    return ", ".join(str(index) for index in indices)

@@ -1,0 +1,228 @@
+"""Options that several commands share, and how they become PlanOptions."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import os
+import re
+from pathlib import Path
+
+from kvmlaunch.abi.policy import DEFAULT_POLICY, GuestPolicy, parse_policy
+from kvmlaunch.abi.reset import VCPU_TYPES, vcpu_signature
+from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
+from kvmlaunch.images.options import DEFAULT_SIGNATURE, IMAGE_TYPES
+
+__all__ = [
+    "add_image_options",
+    "add_launch_options",
+    "number",
+    "plan_from",
+]
+
+_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_BLOB_MOST = 1 << 16
+_NOT_YET = {
+    "kernel": "kernel hashes can't be measured yet",
+    "initrd": "kernel hashes can't be measured yet",
+    "append": "kernel hashes can't be measured yet",
+    "igvm": "IGVM files can't be launched yet",
+}
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """The image and everything that changes its launch digest."""
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="flat, ELF or OVMF image")
+    image = parser.add_argument_group("image")
+    image.add_argument("--ovmf", metavar="FILE", help="OVMF firmware, instead of IMAGE")
+    image.add_argument("--igvm", metavar="FILE", help="IGVM file, instead of IMAGE (not yet)")
+    image.add_argument("--image-type", choices=IMAGE_TYPES, default="auto", help="default: auto")
+    image.add_argument(
+        "--load-addr", type=number, metavar="GPA", help="where a flat image goes (default 0x1000)"
+    )
+    image.add_argument(
+        "--entry", type=number, metavar="GPA", help="where the first vCPU starts (flat, ELF)"
+    )
+    image.add_argument("--kernel", metavar="FILE", help="Linux kernel for OVMF (not yet)")
+    image.add_argument("--initrd", metavar="FILE", help="its initrd (not yet)")
+    image.add_argument("--append", metavar="TEXT", help="its command line (not yet)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--vcpus", type=number, default=1, metavar="N", help="default: 1")
+    machine.add_argument(
+        "--memory", type=size, metavar="SIZE", help="RAM, as 512M or 2G (default 256M)"
+    )
+    machine.add_argument(
+        "--vcpu-type", choices=tuple(VCPU_TYPES), metavar="TYPE", help="QEMU's CPU model, EPYC-v4 …"
+    )
+    machine.add_argument("--vcpu-sig", type=number, metavar="N", help="CPUID leaf 1 EAX itself")
+    machine.add_argument("--vcpu-family", type=number, metavar="N", help="with model and stepping")
+    machine.add_argument("--vcpu-model", type=number, metavar="N", help="with family and stepping")
+    machine.add_argument("--vcpu-stepping", type=number, metavar="N", help="with family and model")
+    machine.add_argument(
+        "--vmm-type",
+        choices=("QEMU",),
+        default="QEMU",
+        help="whose register values firmware starts with (default and only one yet: QEMU)",
+    )
+    machine.add_argument(
+        "--guest-features",
+        type=number,
+        default=1,
+        metavar="N",
+        help="SEV_FEATURES of the VMSAs (default 0x1)",
+    )
+    machine.add_argument(
+        "--cbitpos", type=number, default=51, metavar="BIT", help="C-bit position (default 51)"
+    )
+
+
+def add_launch_options(parser: argparse.ArgumentParser, *, log: bool = True) -> None:
+    """What a launch has beside its measured pages, and (``log``) the log."""
+    group = parser.add_argument_group("launch")
+    group.add_argument(
+        "--policy",
+        default=f"{DEFAULT_POLICY:#x}",
+        metavar="POLICY",
+        help="guest policy: a number, or names as smt,debug (default 0x30000)",
+    )
+    group.add_argument("--host-data", metavar="HEX", help="32 bytes for the attestation report")
+    group.add_argument("--id-block", metavar="FILE", help="96 bytes, raw or base64")
+    group.add_argument("--id-auth", metavar="FILE", help="4096 bytes, raw or base64")
+    group.add_argument(
+        "--author-key-enabled", action="store_true", help="the author key in --id-auth counts"
+    )
+    group.add_argument(
+        "--vmsa-mode",
+        choices=("sync",),
+        default="sync",
+        help="who makes the VMSAs; sync: KVM at LAUNCH_FINISH (the only one yet)",
+    )
+    if log:
+        group.add_argument(
+            "--log",
+            metavar="FILE",
+            help="page log, JSON Lines (schema kvmlaunch.log/1); - is stdout",
+        )
+
+
+def plan_from(args: argparse.Namespace, *, confidential: bool = True) -> LaunchPlan:
+    """The plan that the options ask for. Raises FormatError and ImageError."""
+    for name, rule in _NOT_YET.items():
+        if getattr(args, name) is not None:
+            raise FormatError(f"--{name}: {rule}")
+    if (args.image is None) == (args.ovmf is None):
+        raise FormatError("name one image: IMAGE, or --ovmf FILE")
+    image_type = args.image_type
+    if args.ovmf is not None:
+        if image_type not in ("auto", "ovmf"):
+            raise FormatError(f"--ovmf and --image-type {image_type} contradict each other")
+        image_type = "ovmf"
+    _check_log(args)
+    policy = getattr(args, "policy", None)
+    options = PlanOptions(
+        image_type=image_type,
+        vcpus=args.vcpus,
+        memory=args.memory,
+        policy=_policy(policy) if policy is not None else DEFAULT_POLICY,
+        host_data=_host_data(getattr(args, "host_data", None)),
+        id_block=_blob(getattr(args, "id_block", None), 96, "an ID block"),
+        id_auth=_blob(getattr(args, "id_auth", None), 4096, "an ID authentication"),
+        author_key_enabled=getattr(args, "author_key_enabled", False),
+        sev_features=args.guest_features,
+        signature=_signature(args),
+        load_addr=args.load_addr,
+        entry=args.entry,
+        confidential=confidential,
+        cbitpos=args.cbitpos,
+    )
+    return load_image(args.ovmf or args.image, options)
+
+
+def _check_log(args: argparse.Namespace) -> None:
+    """Opening the log empties it, so it must not be a file that the launch reads."""
+    log = getattr(args, "log", None)
+    if log is None or not os.path.isfile(log):
+        return
+    for path in (args.image, args.ovmf, args.id_block, args.id_auth):
+        if path is not None and os.path.isfile(path) and os.path.samefile(path, log):
+            raise FormatError(f"--log {log} would overwrite {path}, which is launched from")
+
+
+def number(text: str) -> int:
+    """A number as people write it: decimal or 0x hex."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def size(text: str) -> int:
+    """A size in bytes: 4096, 512M, 2G, 0x100000."""
+    match = _SIZE.match(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, as 512M or 2G")
+    return int(match[1], 0) * _SUFFIXES[match[2].upper()]
+
+
+def _policy(text: str) -> int:
+    policy = parse_policy(text)
+    GuestPolicy.from_int(policy)
+    return policy
+
+
+def _signature(args: argparse.Namespace) -> int:
+    parts = (args.vcpu_family, args.vcpu_model, args.vcpu_stepping)
+    given = [
+        args.vcpu_type is not None,
+        args.vcpu_sig is not None,
+        any(p is not None for p in parts),
+    ]
+    if sum(given) > 1:
+        raise FormatError(
+            "give the CPU once: --vcpu-type, or --vcpu-sig, or --vcpu-family/-model/-stepping"
+        )
+    if args.vcpu_type is not None:
+        return VCPU_TYPES[args.vcpu_type]
+    if args.vcpu_sig is not None:
+        return int(args.vcpu_sig)
+    if any(given):
+        if None in parts:
+            raise FormatError("--vcpu-family, --vcpu-model and --vcpu-stepping go together")
+        return vcpu_signature(*parts)
+    return DEFAULT_SIGNATURE
+
+
+def _host_data(text: str | None) -> bytes:
+    if text is None:
+        return bytes(32)
+    try:
+        data = bytes.fromhex(text.removeprefix("0x"))
+    except ValueError:
+        raise FormatError("--host-data is not hex") from None
+    if len(data) != 32:
+        raise FormatError(f"--host-data is {len(data)} bytes, it must be 32")
+    return data
+
+
+def _blob(path: str | None, length: int, what: str) -> bytes | None:
+    """A small binary file, raw or as base64."""
+    if path is None:
+        return None
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_BLOB_MOST)
+    except OSError as error:
+        raise ImageError(path, f"can't be read: {error.strerror}") from None
+    if len(data) == length:
+        return data
+    try:
+        data = base64.b64decode(data, validate=False)
+    except binascii.Error:
+        data = b""
+    if len(data) != length:
+        raise ImageError(path, f"{what} is {length} bytes, raw or base64")
+    return data

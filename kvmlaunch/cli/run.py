@@ -1,0 +1,115 @@
+"""kvmlaunch run: plan, launch, run; the guest's console on stdout, the summary on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
+from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, TIMEOUT, Talk
+from kvmlaunch.errors import FormatError
+from kvmlaunch.images import LaunchPlan
+from kvmlaunch.launch.pagelog import open_log
+
+__all__ = ["add_parser"]
+
+_CODES = {"timeout": TIMEOUT, "interrupted": INTERRUPTED}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "run",
+        help="launch a guest and run it",
+        description="Launch a guest and run it. Its console (port 0x3f8) is stdout; a write to "
+        "port 0xf4 ends it, value 0 well.",
+    )
+    add_image_options(parser)
+    add_launch_options(parser)
+    group = parser.add_argument_group("host")
+    group.add_argument(
+        "--platform",
+        choices=("auto", "kvm", "sim"),
+        default="auto",
+        help="auto: this machine's KVM where it can do it, else the simulated host (default)",
+    )
+    group.add_argument(
+        "--vm-type", choices=("snp", "plain"), default="snp", help="plain: the same, unprotected"
+    )
+    group.add_argument(
+        "--sim",
+        metavar="PROFILE",
+        default="6.12",
+        help="which kernel to simulate: 6.12, 6.18, 7.0 (default 6.12)",
+    )
+    group.add_argument(
+        "--sim-fault",
+        metavar="FAULT",
+        action="append",
+        default=[],
+        help="order a fault of the simulated host, as SNP_LAUNCH_UPDATE:fw=0x1a@3+",
+    )
+    group.add_argument(
+        "--retry-cpuid",
+        action="store_true",
+        help="if the firmware refuses the CPUID page, take its correction and try once more",
+    )
+    group.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end with code 124")
+    group.add_argument("--ioctls", action="store_true", help="put every call into the log, too")
+    parser.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace, talk: Talk) -> int:
+    from kvmlaunch.launch.session import Session
+    from kvmlaunch.platforms import open_platform
+
+    confidential = args.vm_type == "snp"
+    plan = plan_from(args, confidential=confidential)
+    if args.ioctls and args.log is None:
+        raise FormatError("--ioctls needs --log FILE")
+    choice = open_platform(
+        args.platform, profile=args.sim, confidential=confidential, faults=args.sim_fault
+    )
+    if args.sim_fault and choice.platform.name != "sim":
+        raise FormatError("--sim-fault is for the simulated host: add --platform sim")
+    talk.say(choice.why)
+    with open_log(args.log) as log:
+        session = Session(plan, choice.platform, log=log, ioctls=args.ioctls)
+        session.on_record = lambda record: talk.detail(str(record))
+        session.on_exit = lambda vcpu, exit_: talk.detail(f"vCPU {vcpu}: {exit_}")
+        with session:
+            if confidential:
+                report = session.launch(retry_cpuid=args.retry_cpuid)
+                for refused in session.guest.corrections:
+                    for line in refused.differences():
+                        talk.say(f"CPUID page corrected by the firmware: {line}")
+                _summary(plan, session.guest.digest, report.pages, talk)
+                if report.agrees is False:
+                    talk.error(str(report))
+                    return FAILED
+                talk.say(str(report))
+            outcome = session.run(_print_console, timeout=args.timeout)
+    (talk.say if outcome.ok else talk.error)(str(outcome))
+    if outcome.ok:
+        return DONE
+    return _CODES.get(outcome.kind, FAILED)
+
+
+def _summary(plan: LaunchPlan, digest: bytes, pages: int, talk: Talk) -> None:
+    talk.say(f"launched {plan.image}: {pages} pages measured, policy {plan.policy:#x}")
+    talk.say(f"launch digest {digest.hex()}")
+
+
+def _print_console(text: bytes) -> None:
+    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.flush()
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value

@@ -1,0 +1,79 @@
+"""What a command says: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import TextIO
+
+__all__ = [
+    "DONE",
+    "FAILED",
+    "INTERRUPTED",
+    "SKIPPED",
+    "TIMEOUT",
+    "USAGE",
+    "Talk",
+    "drop",
+    "prepare_streams",
+]
+
+DONE = 0
+FAILED = 1
+USAGE = 2
+SKIPPED = 4
+TIMEOUT = 124
+INTERRUPTED = 130
+
+
+def prepare_streams() -> None:
+    """Make both streams usable whatever the caller left of them.
+
+    What a stream's encoding lacks is escaped. A closed descriptor 1 or 2 is filled, so
+    that no file opened later ends up there: writing results to it still fails, as it
+    should, and talk to it is lost.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+class Talk:
+    """The voice on stderr, as loud as the user wants it."""
+
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        self._quiet = quiet
+        self._verbose = verbose
+
+    def error(self, text: str) -> None:
+        """Say what went wrong."""
+        _say(f"kvmlaunch: {text}")
+
+    def say(self, text: str) -> None:
+        """Say something, unless the user wants it quiet."""
+        if not self._quiet:
+            _say(text)
+
+    def detail(self, text: str) -> None:
+        """Say something only to those who asked for more."""
+        if self._verbose:
+            _say(text)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        drop(sys.stderr)  # nobody can hear it; the exit code still tells
+
+
+def drop(stream: TextIO) -> None:
+    """Let what is left in a stream's buffer go nowhere, since Python tries again at its exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -1,0 +1,40 @@
+"""Process start to the end of a guest on plain KVM: kvmlaunch, C, and Python that does nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests import guests
+from tests.benchmarks.native import compiled
+from tests.benchmarks.timing import Figure, compare, timed
+
+NEEDS_KVM = True
+
+_HELLO = b"hello from a kvmlaunch guest\n"
+
+
+def figures(work: Path, rounds: int) -> list[Figure]:
+    """Both comparisons."""
+    guest = guests.build(work) / "hello.elf"
+    # As the installed command starts, without pip's wrapper that may lie elsewhere.
+    start = "import sys; from kvmlaunch.cli import main; sys.exit(main())"
+    command = ["run", "--platform", "kvm", "--vm-type", "plain", str(guest)]
+    ours = _process([sys.executable, "-c", start, *command], _HELLO)
+    in_c = _process([str(compiled("launcher", work)), str(guest)], _HELLO)
+    bare = _process([sys.executable, "-c", "pass"], b"")
+    return [
+        compare("first exit: kvmlaunch run hello.elf", ours, "the same in C", in_c, rounds),
+        compare("first exit: kvmlaunch run hello.elf", ours, "python -c pass", bare, rounds),
+    ]
+
+
+def _process(command: list[str], expected: bytes) -> Callable[[], float]:
+    def once() -> None:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+        assert done.stdout == expected
+
+    once()  # the first start pays for the file cache
+    return timed(once)

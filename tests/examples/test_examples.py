@@ -1,0 +1,138 @@
+"""Every example runs, is short, and prints what it promises; every guest ends as it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmlaunch.uapi import RealPlatform
+from tests.guests import EXAMPLES, require_binutils
+
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+GUESTS = sorted(path.stem for path in (EXAMPLES / "guests").glob("*.s"))
+MAX_LINES = 40
+SECONDS = 60
+PLAIN = ("--platform", "kvm", "--vm-type", "plain")
+
+# What each script prints, line by line, as a pattern.
+PRINTS = {
+    "first_difference.py": [
+        r"milan [0-9a-f]{96}",
+        r"genoa [0-9a-f]{96}",
+        r"first difference: VMSA 0xfffffffff000 kvm-sync",
+        r"rdx \(offset 0x310\): 0xa00f11 != 0xa10f10",
+    ],
+    "order_a_fault.py": [
+        r"SNP_LAUNCH_UPDATE ret=-5 fw_error=26 'RMP page state is incorrect' gpa=0x3000 type=0x1",
+        r"Page: page 2 of image .*",
+        r"2 pages were taken before; the launch is <Started .*>",
+    ],
+    "walk.py": [
+        r".*hello\.elf \(elf\): 7 pages in 2 steps, 1 vCPU, 256 MiB, policy 0x30000",
+        r"  0x1000 6 NORMAL page-tables",
+        r"  0x100000 1 NORMAL segment",
+        r"predicted [0-9a-f]{96}",
+        *(rf" +{n} 0x00000000{n + 1}000 NORMAL .* page-tables .*" for n in range(6)),
+        r" +6 0x000000100000 NORMAL .* segment \(hello\.elf\+0x[0-9a-f]+\)",
+        r" +7 0xfffffffff000 VMSA .* vmsa 0 \(kvm-sync\)",
+        r"<Finished .*>",
+        r"prediction and host agree on all 8 pages",
+    ],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built() -> None:
+    """Build the guests in place, as the README says: examples find them there."""
+    require_binutils()
+    subprocess.run(["sh", str(EXAMPLES / "guests" / "build.sh")], check=True, timeout=SECONDS)
+
+
+def cli(*args: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a process."""
+    return run("-m", "kvmlaunch.cli", *args)
+
+
+def run(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder that isn't the repository's."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+        cwd=cwd,
+    )
+
+
+def guest(name: str) -> Path:
+    """The built guest."""
+    return EXAMPLES / "guests" / f"{name}.elf"
+
+
+def test_every_script_has_its_output_here() -> None:
+    assert [path.name for path in SCRIPTS] == sorted(PRINTS)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_prints_what_it_promises(path: Path, tmp_path: Path) -> None:
+    done = run(path, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    wanted = PRINTS[path.name]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted, strict=True):
+        assert re.fullmatch(pattern, line)
+
+
+def test_walk_measures_what_the_command_line_measures(tmp_path: Path) -> None:
+    (line,) = [
+        line
+        for line in run(EXAMPLES / "walk.py", cwd=tmp_path).stdout.splitlines()
+        if line.startswith("predicted ")
+    ]
+    assert cli("measure", guest("hello")).stdout == line.removeprefix("predicted ") + "\n"
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_guest_on_the_simulated_host_is_launched(name: str) -> None:
+    done = cli("run", "--platform", "sim", guest(name))
+    assert done.returncode == 0
+    assert "prediction and host agree on all 8 pages" in done.stderr
+
+
+def test_every_guest_has_its_end_here() -> None:
+    assert GUESTS == ["halt", "hello", "misbehave"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("hello", "hello from a kvmlaunch guest\n"), ("halt", "")]
+)
+def test_good_guest_on_kvm_ends_well(real_kvm: RealPlatform, name: str, text: str) -> None:
+    done = cli("run", *PLAIN, "--timeout", 20, guest(name))
+    assert (done.returncode, done.stdout) == (0, text)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ((), "KVM_EXIT_MMIO read gpa=0xd0000000 size=4: nothing is at this GPA"),
+        (("--entry", "0x100100"), "KVM_EXIT_SHUTDOWN: triple fault"),
+    ],
+    ids=["unmapped-read", "triple-fault"],
+)
+def test_misbehaving_guest_on_kvm_fails_with_the_reason(
+    real_kvm: RealPlatform, entry: tuple[str, ...], reason: str
+) -> None:
+    done = cli("run", *PLAIN, "--timeout", 20, *entry, guest("misbehave"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"kvmlaunch: vCPU 0: {reason}" in done.stderr

@@ -150,7 +150,7 @@ class SevDevice(Descriptor):
         if result.ret < 0:
             explanation = ""
             if not command.error and result.errno in (errno.EINVAL, errno.ENODEV):
-                # Both mean it, depending on the kernel's age (kernel-snp-abi 1.7).
+                # Both mean it: kernels before 6.16 say EINVAL, mid-2026 ones ENODEV (sev-dev.c).
                 explanation = "SNP is not initialised on this host, or the kernel refused the data."
             raise ioctl_error(
                 name, result.errno, fw_error=int(command.error), explanation=explanation

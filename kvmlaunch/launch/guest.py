@@ -88,7 +88,6 @@ class Guest:
         self._predictor = Predictor()
         self._backing: list[_Backing] = []
         with ExitStack() as stack:
-            self._stack = stack
             self.kvm = stack.enter_context(Kvm.open(platform))
             self.vm = self._create_vm(stack, ghcb_version)
             for slot, region in enumerate(plan.memory):
@@ -241,21 +240,25 @@ class Guest:
         retry_cpuid: bool,
     ) -> Iterator[int]:
         """Launch ``count`` pages from page ``first``; yields the number done by each call."""
-        index, end = first, first + count
-        while index < end:
-            source = address + (index - first) * PAGE_SIZE if address else 0
-            what = f"page {index} of {step.label} ({step.origin_of(index)})"
-            place = (step.gpa + index * PAGE_SIZE, step.type, source, (end - index) * PAGE_SIZE)
+
+        def what(gpa: int) -> str:
+            index = (gpa - step.gpa) // PAGE_SIZE
+            return f"page {index} of {step.label} ({step.origin_of(index)})"
+
+        gpa, size = step.gpa + first * PAGE_SIZE, count * PAGE_SIZE
+        sent, corrected = 0, -1
+        while sent < size:
+            source = address + sent if address else 0
             try:
-                done = state.update(*place, what=what)
+                for done in state.update_all(gpa + sent, step.type, source, size - sent, what=what):
+                    sent += done
+                    yield done // PAGE_SIZE
             except CpuidRejected as error:
-                if not retry_cpuid:
+                if not retry_cpuid or corrected == sent:
                     raise
-                self.corrections.append(error)
                 # The source page holds the firmware's correction now.
-                done = state.update(*place, what=what)
-            yield done // PAGE_SIZE
-            index += done // PAGE_SIZE
+                self.corrections.append(error)
+                corrected = sent
 
     def _source(self, step: PageRange, index: int, count: int, staging: HostMemory) -> int:
         """Address of the source of ``count`` pages: the mapped file, or the staging memory."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvmlaunch.abi import cpuid_page
@@ -49,19 +48,8 @@ class CpuidRejected(FirmwareError):
         return "\n".join([super().__str__(), *self.differences()])
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """Which state a step belongs to."""
-
-    state: str
-
-
-_STEPS = {
-    "start": _Needs("New"),
-    "update": _Needs("Started"),
-    "update_all": _Needs("Started"),
-    "finish": _Needs("Started"),
-}
+# Which state a step belongs to.
+_STEPS = {"start": "New", "update": "Started", "update_all": "Started", "finish": "Started"}
 
 
 class _State:
@@ -89,12 +77,12 @@ class _State:
     if not TYPE_CHECKING:  # a type checker should see that the step isn't there
 
         def __getattr__(self, name: str) -> Any:
-            needs = _STEPS.get(name)
-            if needs is None:
+            need = _STEPS.get(name)
+            if need is None:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
             def wrong(*args: Any, **kwargs: Any) -> Any:
-                raise LaunchStateError(name, have=self.state, need=needs.state)
+                raise LaunchStateError(name, have=self.state, need=need)
 
             return wrong
 
@@ -184,13 +172,23 @@ class Started(_State):
         raise self._update_failed(gpa, page_type, address, sent, result, what)
 
     def update_all(
-        self, gpa: int, page_type: int, address: int, size: int, *, what: str = ""
+        self,
+        gpa: int,
+        page_type: int,
+        address: int,
+        size: int,
+        *,
+        what: Callable[[int], str] = lambda gpa: "",
     ) -> Iterator[int]:
-        """Repeat update() until the whole range is done; yields the bytes of each call."""
+        """Repeat update() until the whole range is done; yields the bytes of each call.
+
+        ``what`` describes the page at a GPA, for errors.
+        """
         offset = 0
         while offset < size:
+            at = gpa + offset
             source = address + offset if address else 0
-            done = self.update(gpa + offset, page_type, source, size - offset, what=what)
+            done = self.update(at, page_type, source, size - offset, what=what(at))
             offset += done
             yield done
 

@@ -126,14 +126,14 @@ def test_update_all_when_the_range_crosses_a_slot_end_goes_on_in_the_next_slot()
 def test_update_all_when_the_range_leaves_the_last_slot_names_the_first_page_outside() -> None:
     with snp_vm() as rig:
         steps = rig.started().update_all(
-            GPA + 6 * PAGE, NORMAL, rig.source.address, 4 * PAGE, what="tail"
+            GPA + 6 * PAGE, NORMAL, rig.source.address, 4 * PAGE, what=lambda gpa: f"tail {gpa:#x}"
         )
         assert next(steps) == 2 * PAGE
         with pytest.raises(IoctlError) as caught:
             next(steps)
     assert caught.value.errno == EINVAL
     assert caught.value.fields["gpa"] == GPA + SLOT_PAGES * PAGE
-    assert "tail" in str(caught.value)
+    assert f"Page: tail {GPA + SLOT_PAGES * PAGE:#x}. " in str(caught.value)
 
 
 class Idle:

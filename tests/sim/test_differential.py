@@ -1,6 +1,6 @@
 """The simulator's generic half against this machine's /dev/kvm, call by call.
 
-Every script runs twice, on RealPlatform and on SimPlatform("6.18"), on VMs of type 0;
+Every script runs twice, on the real kernel and on SimPlatform("6.18"), on VMs of type 0;
 each step notes (ret, errno), with "fd" for a new descriptor. No guest code is ever run:
 KVM_RUN only in ways that return before the entry. KVMLAUNCH_REQUIRE=kvm turns the skip
 on machines without /dev/kvm into a failure.
@@ -9,12 +9,13 @@ on machines without /dev/kvm into a failure.
 from __future__ import annotations
 
 import mmap
-import os
 
 import pytest
 
+from kvmlaunch.kvm import Kvm
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.uapi import RealPlatform, ffi, lib
+from kvmlaunch.uapi import ffi, lib
+from tests.host import require_kvm
 
 from .driver import PAGE, RW, Driver, Memory, struct
 
@@ -558,14 +559,11 @@ def played(script, platform):
 
 @pytest.fixture(scope="module")
 def real():
-    platform = RealPlatform()
-    opened = platform.open("/dev/kvm", os.O_RDWR)
-    if opened.ret < 0:
-        reason = f"/dev/kvm: {os.strerror(opened.errno)}"
-        if "kvm" in os.environ.get("KVMLAUNCH_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    platform.close(opened.ret)
+    """This machine's kernel, if it is of the generation that the profile describes."""
+    platform = require_kvm()
+    with Kvm.open(platform) as kvm:
+        if not kvm.check_extension(lib.KVM_CAP_GUEST_MEMFD_FLAGS):
+            pytest.skip("this machine's KVM is older than profile 6.18: no guest_memfd flags")
     return platform
 
 

@@ -6,6 +6,7 @@ unpacked (not installed) in ``$XDG_CACHE_HOME/kvmlaunch`` or ``~/.cache/kvmlaunc
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -19,10 +20,15 @@ from tests.host import require
 
 _APT_SECONDS = 240
 _DIGITS = re.compile(r"(\d+)")
+_MADISON = ("apt-cache", "madison")
 
 
 class Unavailable(Exception):
     """Why a package can't be had here, as a reason to skip."""
+
+
+class DiskFull(Unavailable):
+    """There is a package, but no room for it."""
 
 
 def ovmf() -> Path:
@@ -48,29 +54,59 @@ def debian_file(package_glob: str, path_in_package: str, variable: str) -> Path:
     installed = Path("/", path_in_package)
     if installed.is_file():
         return installed
-    path = unpacked(package_glob) / path_in_package
+    path = unpacked(newest(package_glob)) / path_in_package
     if not path.is_file():
         raise Unavailable(f"package {package_glob} has no {path_in_package} any more")
     return path
 
 
-@functools.cache
-def unpacked(package_glob: str) -> Path:
-    """The unpacked newest package whose name fits, from the cache or fetched into it.
+def newest(glob: str) -> str:
+    """The name of the newest package that fits. Raises Unavailable."""
+    return known(glob)[-1]
 
-    Raises Unavailable without ``KVMLAUNCH_FETCH=1``, apt, or network.
+
+def known(glob: str) -> list[str]:
+    """Names of the packages that fit, oldest first: 6.12.9 comes before 6.12.10.
+
+    Raises Unavailable without ``KVMLAUNCH_FETCH=1`` or apt, or if there is none.
     """
     if os.environ.get("KVMLAUNCH_FETCH") != "1":
-        raise Unavailable(f"package {package_glob} isn't installed and KVMLAUNCH_FETCH is not 1")
+        raise Unavailable(f"package {glob} isn't installed and KVMLAUNCH_FETCH is not 1")
     if not shutil.which("apt-get") or not shutil.which("dpkg"):
-        raise Unavailable(f"package {package_glob} isn't installed and this is no Debian")
+        raise Unavailable(f"package {glob} isn't installed and this is no Debian")
+    prefix = re.split(r"[*?\[]", glob)[0]
+    listed = _run(glob, "apt-cache", "pkgnames", prefix).split()
+    names = sorted((name for name in listed if fnmatchcase(name, glob)), key=_natural)
+    if not names:
+        raise Unavailable(f"apt knows no package {glob} (apt-get update?)")
+    return names
+
+
+def versions(package: str) -> list[str]:
+    """The versions of a package that can be fetched, newest first. Raises Unavailable."""
+    # linux-source-6.12 | 6.12.117-1~deb12u1 | http://… bookworm-security/main amd64 Packages
+    return [line.split("|")[1].strip() for line in _run(package, *_MADISON, package).splitlines()]
+
+
+@functools.cache
+def unpacked(*packages: str) -> Path:
+    """A folder with ``packages`` (``NAME`` or ``NAME=VERSION``), unpacked together.
+
+    It is named after the first one's file. Raises Unavailable where they can't be had.
+    """
+    target = cache_dir() / _file_name(packages[0]).removesuffix(".deb")
     try:
-        return _fetch(_newest_name(package_glob))
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr or "").strip().splitlines()[-1:]
-        raise Unavailable(f"package {package_glob} can't be fetched: {' '.join(last)}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"package {package_glob} can't be fetched: {error}") from None
+        if not target.is_dir():
+            _fetch(packages, target)
+    except OSError as error:
+        kind = DiskFull if error.errno == errno.ENOSPC else Unavailable
+        raise kind(f"package {packages[0]} can't be unpacked: {error}") from None
+    return target
+
+
+def _file_name(package: str) -> str:
+    # 'http://…/ovmf_2022.11-6_all.deb' ovmf_2022.11-6_all.deb 6158864 SHA256:…
+    return _run(package, "apt-get", "download", "--print-uris", package).split()[1]
 
 
 def _or_skip(package_glob: str, path_in_package: str, variable: str) -> Path:
@@ -80,38 +116,24 @@ def _or_skip(package_glob: str, path_in_package: str, variable: str) -> Path:
         require("ovmf", f"{error} (or set {variable})")
 
 
-def _newest_name(glob: str) -> str:
-    prefix = re.split(r"[*?\[]", glob)[0]
-    names = [n for n in _run("apt-cache", "pkgnames", prefix).split() if fnmatchcase(n, glob)]
-    if not names:
-        raise Unavailable(f"apt knows no package {glob} (apt-get update?)")
-    return max(names, key=_natural)
-
-
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key under which 6.12.9 comes before 6.12.10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in _DIGITS.split(name)]
 
 
-def _fetch(package: str) -> Path:
-    # 'http://…/ovmf_2022.11-6_all.deb' ovmf_2022.11-6_all.deb 6158864 SHA256:…
-    file_name = _run("apt-get", "download", "--print-uris", package).split()[1]
-    target = cache_dir() / file_name.removesuffix(".deb")
-    if target.is_dir():
-        return target
+def _fetch(packages: tuple[str, ...], target: Path) -> None:
     cache_dir().mkdir(parents=True, exist_ok=True)
     # Unpacked aside and renamed, so that a broken download leaves nothing behind.
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=".fetch-") as work:
-        _run("apt-get", "download", package, cwd=work)
-        (archive,) = Path(work).glob("*.deb")
         fresh = Path(work, "root")
-        _run("dpkg", "-x", str(archive), str(fresh))
+        _run(packages[0], "apt-get", "download", *packages, cwd=work)
+        for archive in sorted(Path(work).glob("*.deb")):
+            _run(packages[0], "dpkg", "-x", str(archive), str(fresh))
         try:
             fresh.rename(target)
         except OSError:
             if not target.is_dir():  # else another test run was faster
                 raise
-    return target
 
 
 def cache_dir() -> Path:
@@ -119,8 +141,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kvmlaunch")
 
 
-def _run(*command: str, cwd: str | None = None) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=True, timeout=_APT_SECONDS
-    )
+def _run(package: str, *command: str, cwd: str | None = None) -> str:
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, check=True, timeout=_APT_SECONDS
+        )
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip()
+        kind = DiskFull if "No space left on device" in said else Unavailable
+        last = " ".join(said.splitlines()[-1:])
+        raise kind(f"package {package} can't be fetched: {last}") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(
+            f"package {package} can't be fetched: no answer in {_APT_SECONDS} s"
+        ) from None
     return done.stdout

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from kvmlaunch.uapi import ffi, lib
+from tests.debian import Unavailable
 from tests.host import require
+from tests.kernel_packages import KernelPackages
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 UINT64 = 2**64
 
-_PACKAGE = re.compile(r"linux-headers-6\.12\.(\d+)\+\w+-common")
 _DEFINE = re.compile(r"^#define (\w+) \S", re.MULTILINE)
 _STRUCT = re.compile(r"^struct (\w+) \{", re.MULTILINE)
 _HEADERS = ("linux/kvm.h", "linux/kvm_para.h", "linux/psp-sev.h")
@@ -125,42 +126,10 @@ def find_kernel(work: Path) -> Kernel:
         if not (root / "include/uapi/linux/kvm.h").is_file():
             require("headers", f"KVMLAUNCH_KERNEL_HEADERS={given} has no include/uapi/linux/kvm.h")
         return Kernel(root, work, {})
-    if os.environ.get("KVMLAUNCH_FETCH") != "1":
-        require("headers", "neither KVMLAUNCH_KERNEL_HEADERS nor KVMLAUNCH_FETCH=1 is set")
     try:
-        return Kernel(_fetch(), work, {})
-    except (OSError, subprocess.SubprocessError) as error:
-        require("headers", f"no linux-headers-6.12*-common could be fetched: {error}")
-
-
-def _fetch() -> Path:
-    """Unpack the newest package of the distribution; what was unpacked once is kept."""
-    listed = _run("apt-cache", "pkgnames", "linux-headers-6.12").split()
-    found = sorted((int(m[1]), m[0]) for m in map(_PACKAGE.fullmatch, listed) if m)
-    if not found:
-        raise FileNotFoundError("apt knows no such package")
-    package = found[-1][1]
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    cache = Path(base) / "kvmlaunch"
-    root = cache / package / "usr/src" / package
-    if not root.is_dir():
-        # Unpacked aside and renamed, so that a broken download leaves nothing behind.
-        fresh = cache / f"{package}.{os.getpid()}"
-        fresh.mkdir(parents=True)
-        try:
-            _run("apt-get", "download", package, cwd=fresh)
-            (archive,) = fresh.glob("*.deb")
-            _run("dpkg", "-x", str(archive), str(fresh))
-            archive.unlink()
-            fresh.rename(cache / package)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    return root
-
-
-def _run(*command: str, cwd: Path | None = None) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=240)
-    return done.stdout
+        return Kernel(KernelPackages.newest().common_headers, work, {})
+    except Unavailable as error:
+        require("headers", f"{error} (or set KVMLAUNCH_KERNEL_HEADERS)")
 
 
 def our_text(header: str) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvmlaunch.launch.measure import Measurement, measure, page_records
     from kvmlaunch.launch.records import PageRecord
     from kvmlaunch.launch.run import Outcome, run_guest
-    from kvmlaunch.platforms import open_platform
+    from kvmlaunch.platforms import host_cbitpos, open_platform
     from kvmlaunch.sim import SimPlatform
     from kvmlaunch.uapi import RealPlatform, Recorder
 
@@ -42,6 +42,7 @@ __all__ = [
     "Recorder",
     "SimPlatform",
     "__version__",
+    "host_cbitpos",
     "load_image",
     "measure",
     "open_platform",
@@ -60,6 +61,7 @@ _HOME = {
     "RealPlatform": "uapi",
     "Recorder": "uapi",
     "SimPlatform": "sim",
+    "host_cbitpos": "platforms",
     "load_image": "images",
     "measure": "launch.measure",
     "open_platform": "platforms",

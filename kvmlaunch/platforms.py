@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvmlaunch.errors import FormatError, KvmLaunchError
-from kvmlaunch.kvm import Kvm, SevDevice
+from kvmlaunch.kvm import Kvm, SevDevice, cbitpos
 from kvmlaunch.uapi import Platform, RealPlatform
 
-__all__ = ["DEFAULT_PROFILE", "Choice", "open_platform"]
+__all__ = ["DEFAULT_PROFILE", "Choice", "host_cbitpos", "open_platform"]
 
 DEFAULT_PROFILE = "6.12"
 
@@ -48,6 +48,16 @@ def open_platform(
 
     sim = SimPlatform(profile, faults=faults)
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
+
+
+def host_cbitpos(platform: Platform) -> int | None:
+    """Where an SNP host has its C-bit (for PlanOptions); None where its CPUID doesn't tell.
+
+    Raises MissingCapability where there is no SNP, and IoctlError.
+    """
+    with Kvm.open(platform) as kvm:
+        kvm.require_snp()
+        return cbitpos(kvm.supported_cpuid())
 
 
 def _missing(platform: Platform, confidential: bool) -> str | None:

@@ -13,7 +13,7 @@ from kvmlaunch.abi.policy import DEFAULT_POLICY, GuestPolicy, parse_policy
 from kvmlaunch.abi.reset import VCPU_TYPES, vcpu_signature
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
-from kvmlaunch.images.options import DEFAULT_SIGNATURE, IMAGE_TYPES
+from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES
 
 __all__ = [
     "add_image_options",
@@ -44,7 +44,10 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--load-addr", type=number, metavar="GPA", help="where a flat image goes (default 0x1000)"
     )
     image.add_argument(
-        "--entry", type=number, metavar="GPA", help="where the first vCPU starts (flat, ELF)"
+        "--entry",
+        type=number,
+        metavar="GPA",
+        help="where the vCPUs start (flat, ELF; 64-bit start even if the ELF has a PVH note)",
     )
     image.add_argument("--kernel", metavar="FILE", help="Linux kernel for OVMF (not yet)")
     image.add_argument("--initrd", metavar="FILE", help="its initrd (not yet)")
@@ -76,7 +79,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         help="SEV_FEATURES of the VMSAs (default 0x1)",
     )
     machine.add_argument(
-        "--cbitpos", type=number, default=51, metavar="BIT", help="C-bit position (default 51)"
+        "--cbitpos",
+        type=number,
+        metavar="BIT",
+        help="C-bit position in 64-bit page tables (default: run asks the host; else "
+        f"{DEFAULT_CBITPOS})",
     )
 
 
@@ -109,8 +116,13 @@ def add_launch_options(parser: argparse.ArgumentParser, *, log: bool = True) -> 
         )
 
 
-def plan_from(args: argparse.Namespace, *, confidential: bool = True) -> LaunchPlan:
-    """The plan that the options ask for. Raises FormatError and ImageError."""
+def plan_from(
+    args: argparse.Namespace, *, confidential: bool = True, cbitpos: int | None = None
+) -> LaunchPlan:
+    """The plan that the options ask for. Raises FormatError and ImageError.
+
+    ``cbitpos`` is what a host says, for where no option does.
+    """
     for name, rule in _NOT_YET.items():
         if getattr(args, name) is not None:
             raise FormatError(f"--{name}: {rule}")
@@ -137,7 +149,7 @@ def plan_from(args: argparse.Namespace, *, confidential: bool = True) -> LaunchP
         load_addr=args.load_addr,
         entry=args.entry,
         confidential=confidential,
-        cbitpos=args.cbitpos,
+        cbitpos=cbitpos if args.cbitpos is None else args.cbitpos,
     )
     return load_image(args.ovmf or args.image, options)
 

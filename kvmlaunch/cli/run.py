@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, TIMEOUT, Talk
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.pagelog import open_log
+
+if TYPE_CHECKING:
+    from kvmlaunch.uapi import Platform
 
 __all__ = ["add_parser"]
 
@@ -73,6 +77,8 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     if args.sim_fault and choice.platform.name != "sim":
         raise FormatError("--sim-fault is for the simulated host: add --platform sim")
     talk.say(choice.why)
+    if plan.cbitpos is not None and args.cbitpos is None:
+        plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
     with open_log(args.log) as log:
         session = Session(plan, choice.platform, log=log, ioctls=args.ioctls)
         session.on_record = lambda record: talk.detail(str(record))
@@ -93,6 +99,18 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     if outcome.ok:
         return DONE
     return _CODES.get(outcome.kind, FAILED)
+
+
+def _ask_cbitpos(plan: LaunchPlan, platform: Platform) -> int:
+    from kvmlaunch.platforms import host_cbitpos
+
+    position = host_cbitpos(platform)
+    if position is None:
+        raise FormatError(
+            f"{plan.image} needs page tables with the C-bit, and this host's CPUID doesn't say "
+            "which bit that is: give --cbitpos BIT"
+        )
+    return position
 
 
 def _summary(plan: LaunchPlan, digest: bytes, pages: int, talk: Talk) -> None:

@@ -18,7 +18,7 @@ from kvmlaunch.abi.reset import BSP_EIP, qemu_reset
 from kvmlaunch.abi.vmsa import Segment, Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.options import PlanOptions
-from kvmlaunch.images.plan import MemoryRegion, PageRange, Piece
+from kvmlaunch.images.plan import MemoryRegion, PageRange, Piece, free_gpa
 
 __all__ = ["MAPPED_END", "TABLES_SIZE", "boot64", "identity_tables", "place_page_tables"]
 
@@ -62,15 +62,10 @@ def place_page_tables(memory: Sequence[MemoryRegion], taken: Iterable[tuple[int,
     ``taken`` holds (start, end) of what is occupied. Raises FormatError if there is
     no such run of pages.
     """
-    occupied = sorted(taken)
-    for region in sorted(memory, key=lambda region: region.gpa):
-        gpa = max(region.gpa, PAGE_SIZE)
-        for start, end in occupied:
-            if start < gpa + TABLES_SIZE and gpa < end:
-                gpa = end
-        if gpa + TABLES_SIZE <= region.end:
-            return gpa
-    raise FormatError("no six successive pages of memory are left for the 64-bit page tables")
+    gpa = free_gpa(memory, taken, TABLES_SIZE)
+    if gpa is None:
+        raise FormatError("no six successive pages of memory are left for the 64-bit page tables")
+    return gpa
 
 
 def identity_tables(gpa: int, memory: Sequence[MemoryRegion], c_bit: int) -> bytes:

@@ -1,4 +1,9 @@
-"""ELF64 executables: segments go to their physical addresses, 64-bit start at the entry.
+"""ELF64 executables: segments go to their physical addresses.
+
+| file                                      | start state of every vCPU                 |
+|-------------------------------------------|-------------------------------------------|
+| has a PVH note, no entry point was chosen | 32-bit at the note's, see :mod:`~.boot32` |
+| any other                                 | 64-bit at the entry, see :mod:`~.boot64`  |
 
 A page that holds bytes of the file is launched as NORMAL (the rest of it is zero); a
 page that only ``p_memsz`` asks for is a ZERO page. Where zeroes of one segment meet
@@ -13,13 +18,15 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.errors import ImageError
+from kvmlaunch.images.boot32 import boot32
 from kvmlaunch.images.boot64 import boot64
 from kvmlaunch.images.options import PlanOptions, build_plan, outside_memory
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece
+from kvmlaunch.images.pvh import NoteSegment, pvh_entry
 from kvmlaunch.images.source import ImageSource
 
 if TYPE_CHECKING:
@@ -58,6 +65,14 @@ class _Segment:
         return f"segment {self.index} ({self.paddr:#x}..{self.end:#x})"
 
 
+class _Headers(NamedTuple):
+    """What counts of the headers: non-empty PT_LOAD segments, PT_NOTE segments, e_entry."""
+
+    segments: list[_Segment]
+    notes: list[NoteSegment]
+    entry: int
+
+
 def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
     """Plan the launch of an ELF64 executable. Raises ImageError if it breaks a rule."""
     if options.load_addr is not None:
@@ -67,22 +82,27 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
     source.slice(0, _EHDR_SIZE, "the ELF header")
     memory = options.ram()
     try:
-        segments, entry = _read_headers(source)
+        headers = _read_headers(source)
     except ImageError:
         raise
     except Exception as error:  # whatever pyelftools makes of hostile bytes
         raise source.fail(f"not a readable ELF file: {error or type(error).__name__}") from error
-    _check_segments(source, segments, memory)
-    start = _start_address(source, segments, entry, options.entry)
-    ranges = list(_page_ranges(source, segments))
-    tables, vmsa = boot64(start, memory, ranges, options)
+    _check_segments(source, headers.segments, memory)
+    ranges = list(_page_ranges(source, headers.segments))
+    pvh = pvh_entry(source, headers.notes) if options.entry is None else None
+    if pvh is not None:
+        first, vmsa = boot32(_pvh_address(source, headers, *pvh), memory, ranges, options)
+    else:
+        entry = _start_address(source, headers, options.entry)
+        first, vmsa = boot64(entry, memory, ranges, options)
     return build_plan(
         source,
         options,
         "elf",
         memory=memory,
-        steps=(tables, *ranges),
+        steps=(first, *ranges),
         vcpus=(vmsa,) * options.vcpus,
+        paging=pvh is None,
     )
 
 
@@ -108,8 +128,7 @@ class _ViewStream(io.RawIOBase):
         return self._at
 
 
-def _read_headers(source: ImageSource) -> tuple[list[_Segment], int]:
-    """The non-empty PT_LOAD segments and e_entry."""
+def _read_headers(source: ImageSource) -> _Headers:
     from elftools.common.utils import struct_parse
     from elftools.elf.elffile import ELFFile
 
@@ -137,7 +156,12 @@ def _read_headers(source: ImageSource) -> tuple[list[_Segment], int]:
     ]
     if elf["e_type"] == "ET_DYN":
         _check_position(source, segments, [header["p_type"] for _, header in headers])
-    return segments, elf["e_entry"]
+    notes = [
+        NoteSegment(header["p_offset"], header["p_filesz"], header["p_align"])
+        for _, header in headers
+        if header["p_type"] == "PT_NOTE"
+    ]
+    return _Headers(segments, notes, elf["e_entry"])
 
 
 def _check_kind(source: ImageSource, elf: ELFFile) -> None:
@@ -198,15 +222,20 @@ def _check_segments(
             )
 
 
-def _start_address(
-    source: ImageSource, segments: list[_Segment], e_entry: int, chosen: int | None
-) -> int:
+def _pvh_address(source: ImageSource, headers: _Headers, entry: int, offset: int) -> int:
+    """The entry point of a PVH note, which is a physical address."""
+    if not any(segment.paddr <= entry < segment.end for segment in headers.segments):
+        raise source.fail(f"the PVH entry point {entry:#x} is in no loaded segment", offset=offset)
+    return entry
+
+
+def _start_address(source: ImageSource, headers: _Headers, chosen: int | None) -> int:
     """The entry point as a physical address, which is how it may be given already."""
-    entry = e_entry if chosen is None else chosen
-    for segment in segments:
+    entry = headers.entry if chosen is None else chosen
+    for segment in headers.segments:
         if segment.paddr <= entry < segment.end:
             return entry
-    for segment in segments:
+    for segment in headers.segments:
         if segment.vaddr <= entry < segment.vaddr + segment.memsz:
             return entry - segment.vaddr + segment.paddr
     raise source.fail(

@@ -57,6 +57,7 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
         memory=memory,
         steps=(*tables, image),
         vcpus=(vmsa,) * options.vcpus,
+        paging=bool(tables),
     )
 
 

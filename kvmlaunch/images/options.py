@@ -19,6 +19,7 @@ from kvmlaunch.images.plan import (
 from kvmlaunch.images.source import ImageSource
 
 __all__ = [
+    "DEFAULT_CBITPOS",
     "DEFAULT_MEMORY",
     "DEFAULT_SIGNATURE",
     "IMAGE_TYPES",
@@ -28,6 +29,9 @@ __all__ = [
     "outside_memory",
 ]
 
+DEFAULT_CBITPOS = 51
+"""C-bit position where nobody chose it and no host was asked: what CPUID 0x8000001F
+EBX[5:0] (APM volume 3, appendix E.4) says on every EPYC with SNP so far, Milan to Turin."""
 DEFAULT_MEMORY = 256 << 20
 """RAM of a guest whose memory size nobody chose."""
 DEFAULT_SIGNATURE = 0x800F12
@@ -54,7 +58,7 @@ class PlanOptions:
         signature: CPUID leaf 1 EAX of the CPU model, in RDX at reset.
         load_addr, entry: where a flat image goes and starts (entry: ELF too).
         confidential: False plans for a plain VM, whose page tables have no C-bit.
-        cbitpos: position of the C-bit (CPUID 0x8000001F EBX bits 5:0).
+        cbitpos: position of the C-bit in page tables; None for ``DEFAULT_CBITPOS``.
     """
 
     image_type: str = "auto"
@@ -70,7 +74,7 @@ class PlanOptions:
     load_addr: int | None = None
     entry: int | None = None
     confidential: bool = True
-    cbitpos: int = 51
+    cbitpos: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no launch could use."""
@@ -82,8 +86,8 @@ class PlanOptions:
             raise FormatError("a guest needs at least one vCPU")
         if self.vcpus > MAX_VCPUS:
             raise FormatError(f"a guest has at most {MAX_VCPUS} vCPUs, not {self.vcpus}")
-        if not 32 <= self.cbitpos <= 63:
-            raise FormatError(f"the C-bit is one of the address bits 32 to 63, not {self.cbitpos}")
+        if not 32 <= self._cbitpos <= 63:
+            raise FormatError(f"the C-bit is one of the address bits 32 to 63, not {self._cbitpos}")
         if self.confidential and not self.sev_features & SNP_ACTIVE:
             raise FormatError(
                 f"SEV features {self.sev_features:#x} lack bit 0 (SNP active), "
@@ -111,16 +115,20 @@ class PlanOptions:
                 f"guest memory of {self.memory} bytes is not a positive number of 4 KiB pages"
             )
         end = ram_regions(self.memory)[-1].end
-        if self.confidential and end > 1 << self.cbitpos:
+        if self.confidential and end > 1 << self._cbitpos:
             raise FormatError(
                 f"guest memory of {self.memory:#x} bytes ends at GPA {end:#x}, "
-                f"beyond the C-bit (bit {self.cbitpos})"
+                f"beyond the C-bit (bit {self._cbitpos})"
             )
+
+    @property
+    def _cbitpos(self) -> int:
+        return DEFAULT_CBITPOS if self.cbitpos is None else self.cbitpos
 
     @property
     def c_bit(self) -> int:
         """The C-bit as a mask, 0 in a plain VM."""
-        return 1 << self.cbitpos if self.confidential else 0
+        return 1 << self._cbitpos if self.confidential else 0
 
     def ram(self) -> tuple[MemoryRegion, ...]:
         """The guest's RAM: as chosen, else ``DEFAULT_MEMORY``."""
@@ -135,10 +143,12 @@ def build_plan(
     memory: Sequence[MemoryRegion],
     steps: Sequence[PageRange],
     vcpus: Sequence[Vmsa],
+    paging: bool = False,
     apic: bool = False,
 ) -> LaunchPlan:
     """A LaunchPlan of ``source`` with everything that the options say directly.
 
+    ``paging``: the steps hold page tables, with the options' C-bit.
     Raises FormatError where the parts don't fit together (see ``plan.py``).
     """
     return LaunchPlan(
@@ -156,6 +166,7 @@ def build_plan(
         author_key_enabled=options.author_key_enabled,
         apic=apic,
         confidential=options.confidential,
+        cbitpos=options.c_bit.bit_length() - 1 if paging and options.c_bit else None,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
@@ -24,6 +24,7 @@ __all__ = [
     "PageRange",
     "Piece",
     "check_identity",
+    "free_gpa",
     "ram_regions",
 ]
 
@@ -31,7 +32,7 @@ LOW_MEMORY_END = 0xC000_0000
 """RAM above this size continues at 4 GiB, as on QEMU's q35 with more than 3 GiB."""
 HIGH_MEMORY = 0x1_0000_0000
 
-_GPA_LIMIT = 1 << 51
+_GPA_LIMIT = 1 << 52  # most physical address bits of x86-64 (APM volume 2, section 5.3)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class PageRange:
         if self.size <= 0:
             raise FormatError(f"{where} has no pages")
         if self.gpa < 0 or self.gpa + self.size > _GPA_LIMIT:
-            raise FormatError(f"{where} ends beyond the 51 address bits below the C-bit")
+            raise FormatError(f"{where} ends beyond the 52 physical address bits of x86-64")
         end = 0
         for piece in self.pieces:
             if piece.offset < end or piece.end > self.size:
@@ -168,6 +169,24 @@ def ram_regions(size: int) -> tuple[MemoryRegion, ...]:
     )
 
 
+def free_gpa(
+    memory: Sequence[MemoryRegion], taken: Iterable[tuple[int, int]], size: int
+) -> int | None:
+    """The lowest GPA, 0x1000 or above, of ``size`` free bytes of RAM; None if there are none.
+
+    ``taken`` holds (start, end) of what is occupied, in whole pages.
+    """
+    occupied = sorted(taken)
+    for region in sorted(memory, key=lambda region: region.gpa):
+        gpa = max(region.gpa, PAGE_SIZE)
+        for start, end in occupied:
+            if start < gpa + size and gpa < end:
+                gpa = end
+        if gpa + size <= region.end:
+            return gpa
+    return None
+
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """What will be launched, in the order of the launch.
@@ -185,6 +204,7 @@ class LaunchPlan:
         id_block, id_auth: 96 and 4096 bytes, or None.
         author_key_enabled: the ID authentication holds an author key that counts.
         confidential: False for a plan made for a plain VM (no C-bit in page tables).
+        cbitpos: position of the C-bit in the plan's page tables; None where it has none.
         apic: the guest expects in-kernel APICs (firmware does; then HLT waits for an
             interrupt instead of ending the run).
     """
@@ -202,6 +222,7 @@ class LaunchPlan:
     id_auth: bytes | None = None
     author_key_enabled: bool = False
     confidential: bool = True
+    cbitpos: int | None = None
     apic: bool = False
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from kvmlaunch.kvm.guest_memfd import GuestMemfd
 from kvmlaunch.kvm.memory import HostMemory
 from kvmlaunch.kvm.sev import SevDevice, SevStatus, SnpStatus
 from kvmlaunch.kvm.state import apply_state
-from kvmlaunch.kvm.system import Kvm
+from kvmlaunch.kvm.system import Kvm, cbitpos
 from kvmlaunch.kvm.vcpu import Vcpu
 from kvmlaunch.kvm.vm import SevResult, Vm
 
@@ -21,4 +21,5 @@ __all__ = [
     "Vcpu",
     "Vm",
     "apply_state",
+    "cbitpos",
 ]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from kvmlaunch.uapi import ffi, lib
 
 __all__ = [
+    "ApResetHoldExit",
     "Exit",
     "FailEntryExit",
     "HltExit",
@@ -115,6 +116,13 @@ class HltExit(Exit):
     """HLT without an in-kernel APIC (KVM_EXIT_HLT)."""
 
     reason: ClassVar[str] = "KVM_EXIT_HLT"
+
+
+@dataclass(frozen=True)
+class ApResetHoldExit(Exit):
+    """The guest holds its vCPU until a SIPI, without an in-kernel APIC (KVM_EXIT_AP_RESET_HOLD)."""
+
+    reason: ClassVar[str] = "KVM_EXIT_AP_RESET_HOLD"
 
 
 @dataclass(frozen=True)
@@ -270,6 +278,7 @@ _DECODERS = {
     lib.KVM_EXIT_IO: _io,
     lib.KVM_EXIT_HYPERCALL: _hypercall,
     lib.KVM_EXIT_HLT: lambda run: HltExit(),
+    lib.KVM_EXIT_AP_RESET_HOLD: lambda run: ApResetHoldExit(),
     lib.KVM_EXIT_MMIO: _mmio,
     lib.KVM_EXIT_SHUTDOWN: lambda run: ShutdownExit(),
     lib.KVM_EXIT_FAIL_ENTRY: _fail_entry,

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import Any
 
+from kvmlaunch.errors import MissingCapability
 from kvmlaunch.kvm.calls import ioctl_error
 from kvmlaunch.kvm.descriptor import Descriptor, struct_to_dict
 from kvmlaunch.kvm.vm import Vm
 from kvmlaunch.uapi import Platform, address_of, ffi, lib
 
-__all__ = ["CpuidLeaf", "Kvm"]
+__all__ = ["CpuidLeaf", "Kvm", "cbitpos"]
 
 CpuidLeaf = dict[str, int]
 """One CPUID entry: function, index, flags, eax, ebx, ecx, edx."""
 
 _CREATE_VM_TRIES = 5
+_SEV_LEAF = 0x8000001F
+_CBITPOS = 0x3F  # of EBX
 
 
 class Kvm(Descriptor):
@@ -45,6 +49,11 @@ class Kvm(Descriptor):
     def supports_snp(self) -> bool:
         """True where SNP guests can be created (KVM_CHECK_EXTENSION)."""
         return bool(self.vm_types() >> lib.KVM_X86_SNP_VM & 1)
+
+    def require_snp(self) -> None:
+        """Raise MissingCapability unless SNP guests can be created (KVM_CHECK_EXTENSION)."""
+        if not self.supports_snp():
+            raise MissingCapability("SEV-SNP (VM type 4 in KVM_CAP_VM_TYPES)", "an SNP guest")
 
     def vcpu_mmap_size(self) -> int:
         """Bytes of a vCPU's run page (KVM_GET_VCPU_MMAP_SIZE)."""
@@ -100,6 +109,14 @@ class Kvm(Descriptor):
     def vmsa_features(self) -> int | None:
         """Mask that INIT2 accepts as vmsa_features (KVM_GET_DEVICE_ATTR)."""
         return self.device_attr(lib.KVM_X86_GRP_SEV, lib.KVM_X86_SEV_VMSA_FEATURES)
+
+
+def cbitpos(leaves: Iterable[CpuidLeaf]) -> int | None:
+    """The C-bit position in a host's supported CPUID; None where it doesn't tell."""
+    for leaf in leaves:
+        if leaf["function"] == _SEV_LEAF:
+            return leaf["ebx"] & _CBITPOS or None
+    return None
 
 
 def _leaf(entry: Any) -> CpuidLeaf:

@@ -23,6 +23,7 @@ _REFUSED = {
     (0x80000008, 0): {"ebx": 1 << 25},  # VIRT_SSBD
     (0x80000021, 0): {"eax": 1 << 9},  # NO_SMM_CTL_MSR
 }
+_SEV_LEAF = 0x8000001F
 _XSAVE_LEAF = 0xD
 _XSAVE_LEGACY_SIZE = 0x240
 _HYPERVISOR_LEAVES = range(0x40000000, 0x40010000)
@@ -34,7 +35,7 @@ def guest_cpuid(
     """KVM's supported CPUID with the APIC ids of vCPU ``vcpu``.
 
     For a confidential guest, without the bits that its CPUID page can't hold, so
-    that page and hypervisor agree.
+    that page and hypervisor agree. A plain VM is told nothing of SEV, which it hasn't.
     """
     leaves = []
     for leaf in supported:
@@ -48,6 +49,8 @@ def guest_cpuid(
         if confidential:
             for register, mask in _REFUSED.get((new["function"], new["index"]), {}).items():
                 new[register] &= ~mask
+        elif new["function"] == _SEV_LEAF:
+            new.update(eax=0, ebx=0, ecx=0, edx=0)
         leaves.append(new)
     return leaves
 

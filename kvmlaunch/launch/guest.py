@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.errors import ClosedError, FormatError, LaunchStateError, MissingCapability
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange
-from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, apply_state
+from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, apply_state, cbitpos
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
 from kvmlaunch.launch.measure import Predictor
 from kvmlaunch.launch.records import PageRecord
@@ -75,6 +75,7 @@ class Guest:
     def __init__(self, plan: LaunchPlan, platform: Platform, *, ghcb_version: int = 0) -> None:
         """Build everything up to the vCPUs. Raises MissingCapability and IoctlError.
 
+        FormatError where the plan's page tables have another C-bit than the host tells.
         A plan that isn't confidential makes a plain VM, whose pages are loaded at once.
         ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel.
         """
@@ -106,8 +107,7 @@ class Guest:
     def _create_vm(self, stack: ExitStack, ghcb_version: int) -> Vm:
         if not self.plan.confidential:
             return stack.enter_context(self.kvm.create_vm(lib.KVM_X86_DEFAULT_VM))
-        if not self.kvm.supports_snp():
-            raise MissingCapability("SEV-SNP (VM type 4 in KVM_CAP_VM_TYPES)", "an SNP guest")
+        self.kvm.require_snp()
         for cap in _NEEDED_CAPS:
             if not self.kvm.check_extension(getattr(lib, cap)):
                 raise MissingCapability(cap, "the private memory of an SNP guest")
@@ -135,6 +135,7 @@ class Guest:
 
     def _add_vcpus(self, stack: ExitStack) -> None:
         supported = self.kvm.supported_cpuid()
+        self._check_cbitpos(cbitpos(supported))
         for index, state in enumerate(self.plan.vcpus):
             vcpu = stack.enter_context(self.vm.create_vcpu(index))
             cpuid = guest_cpuid(supported, index, confidential=self.plan.confidential)
@@ -142,6 +143,14 @@ class Guest:
             self.vcpus.append(vcpu)
             if index == 0:
                 self._bsp_cpuid = cpuid
+
+    def _check_cbitpos(self, host: int | None) -> None:
+        planned = self.plan.cbitpos
+        if planned is not None and host is not None and planned != host:
+            raise FormatError(
+                f"the page tables of {self.plan.image} have the C-bit at bit {planned}, but on "
+                f"this host it is bit {host}: plan for that (--cbitpos, PlanOptions.cbitpos)"
+            )
 
     def _load(self) -> None:
         for step in self.plan.steps:

@@ -14,6 +14,7 @@ from kvmlaunch.abi.ghcb_msr import decode_termination
 from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError
 from kvmlaunch.kvm import Vcpu
 from kvmlaunch.kvm.exits import (
+    ApResetHoldExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -263,6 +264,9 @@ def _final(guest: Guest, index: int, exit_: Exit) -> Outcome:
     """The outcome of an exit that a test guest does not come back from."""
     if isinstance(exit_, HltExit):
         return Outcome("halted", True, "the guest halted", index, exit_)
+    if isinstance(exit_, ApResetHoldExit):
+        # Nothing here could send the SIPI that it waits for: this vCPU is out of the run.
+        return Outcome("halted", True, "the guest waits for a SIPI", index, exit_)
     if isinstance(exit_, SystemEventExit) and exit_.type == lib.KVM_SYSTEM_EVENT_SEV_TERM:
         why = str(decode_termination(exit_.data[0])) if exit_.data else "no reason given"
         return Outcome("terminated", False, f"{exit_}: {why}", index, exit_)

@@ -1,0 +1,198 @@
+/*
+ * What a guest of this folder may use, in a plain VM and as an SEV-SNP guest.
+ *
+ * A guest is one C file with guest_main(); start.S enters it in 64-bit mode, on one vCPU. The
+ * other vCPUs wait for ever. A guest that returns has ended well; fail() ends it badly.
+ *
+ * Sources: AMD 56421 (GHCB), AMD APM volumes 2 and 3 (#VC, PVALIDATE, SEV_STATUS).
+ */
+#ifndef RUNTIME_H
+#define RUNTIME_H
+
+#define CONSOLE_PORT 0x3f8
+#define EXIT_PORT 0xf4
+
+/*
+ * Why a guest ended badly. An SNP guest ends by the termination request of the GHCB MSR protocol,
+ * with this reason set and one of these codes; a plain guest writes the code to the exit port.
+ */
+#define FAIL_SET 15
+#define FAIL_NOT_SNP 1       /* encrypted state, but SEV_STATUS doesn't say SNP */
+#define FAIL_PROTOCOL 2      /* the hypervisor doesn't speak version 2 of the GHCB protocol */
+#define FAIL_C_BIT 3         /* a C-bit position that no page table entry has */
+#define FAIL_FEATURES 4      /* the hypervisor has no SNP support */
+#define FAIL_STATE_CHANGE 5  /* page state change refused */
+#define FAIL_PVALIDATE 6     /* PVALIDATE failed, or changed nothing */
+#define FAIL_REGISTER 7      /* GHCB registration refused */
+#define FAIL_ANSWER 8        /* the answer lacks a field, or is one to another request */
+#define FAIL_REFUSED 9       /* a request through the GHCB page was refused */
+#define FAIL_VC 10           /* #VC of an instruction that the runtime doesn't know */
+#define FAIL_MEMORY 11       /* memory doesn't hold what was written, or isn't where it should be */
+#define FAIL_EXCEPTION 0x80  /* plus the vector: an exception that nobody expected */
+
+/* Page table entries: present, writable; and a large page. */
+#define PTE_TABLE 0x3
+#define PTE_LARGE 0x80
+
+/* Everything below this is mapped with 4 KiB pages, for page state changes. */
+#define SMALL_PAGES_END 0x200000
+
+#define MSR_EFER 0xc0000080
+#define MSR_GHCB 0xc0010130
+#define MSR_SEV_STATUS 0xc0010131
+#define SEV_STATUS_SNP 0x4
+
+/* GHCB MSR protocol: what is asked and answered, bits 11:0. */
+#define GHCB_INFO_ANSWER 0x001
+#define GHCB_INFO 0x002
+#define GHCB_CPUID 0x004
+#define GHCB_CPUID_ANSWER 0x005
+#define GHCB_HOLD 0x006
+#define GHCB_REGISTER 0x012
+#define GHCB_STATE_CHANGE 0x014
+#define GHCB_FEATURES 0x080
+#define GHCB_TERMINATE 0x100
+#define GHCB_PROTOCOL 2
+
+/* #VC error codes, and exit codes of the GHCB page. */
+#define EXIT_CPUID 0x72
+#define EXIT_IOIO 0x7b
+#define EXIT_MSR 0x7c
+#define EXIT_NPF 0x400
+#define EXIT_MMIO_READ 0x80000001
+#define EXIT_MMIO_WRITE 0x80000002
+
+#ifndef __ASSEMBLER__
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#define PAGE_SIZE 4096UL
+#define PAGE_ALIGNED __attribute__((aligned(4096)))
+
+/* From start.S: position of the C-bit, 0 in a plain VM; and the PVH start info. */
+extern const u32 c_bit;
+extern const u32 start_info;
+
+static inline int is_snp(void)
+{
+	return c_bit != 0;
+}
+
+void guest_main(void);
+
+/* console.c */
+void print(const char *text);
+void print_number(u64 value);
+_Noreturn void fail(u32 code);
+
+/* paging.c */
+enum { SHARED, PRIVATE };
+void map_2m(u64 gpa, int private);
+void set_private(u64 gpa, int private);
+int is_private(u64 gpa);
+
+/* snp.c */
+void snp_init(void);
+u64 ghcb_msr(u64 request);
+void page_share(void *page);
+void page_accept(void *page);
+void ghcb_begin(void);
+void ghcb_set(u32 field, u64 value);
+u64 ghcb_get(u32 field);
+void *ghcb_buffer(void);
+void ghcb_exit(u64 code, u64 info1, u64 info2);
+
+#define GHCB_RAX 0x1f8
+#define GHCB_RCX 0x308
+#define GHCB_RDX 0x310
+#define GHCB_RBX 0x318
+#define GHCB_EXIT_CODE 0x390
+#define GHCB_INFO1 0x398
+#define GHCB_INFO2 0x3a0
+#define GHCB_SCRATCH 0x3a8
+#define GHCB_XCR0 0x3e8
+#define GHCB_VALID 0x3f0
+#define GHCB_BUFFER 0x800
+#define GHCB_VERSION 0xffa
+
+/* vc.c */
+void exceptions_init(void);
+
+static inline void out8(u16 port, u8 value)
+{
+	asm volatile("outb %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline void out32(u16 port, u32 value)
+{
+	asm volatile("outl %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline u8 in8(u16 port)
+{
+	u8 value;
+
+	asm volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+static inline u16 in16(u16 port)
+{
+	u16 value;
+
+	asm volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+static inline u32 in32(u16 port)
+{
+	u32 value;
+
+	asm volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
+	return value;
+}
+
+/* MMIO by the only forms that the #VC handler decodes: (%rdx) and %al, %ax, %eax, %rax. */
+#define MMIO_ACCESS(bits)                                                              \
+	static inline u##bits mmio_read##bits(u64 gpa)                                 \
+	{                                                                              \
+		u##bits value;                                                         \
+                                                                                       \
+		asm volatile("mov (%1), %0" : "=a"(value) : "d"(gpa) : "memory");      \
+		return value;                                                          \
+	}                                                                              \
+	static inline void mmio_write##bits(u64 gpa, u##bits value)                    \
+	{                                                                              \
+		asm volatile("mov %0, (%1)" : : "a"(value), "d"(gpa) : "memory");      \
+	}
+
+MMIO_ACCESS(8)
+MMIO_ACCESS(16)
+MMIO_ACCESS(32)
+MMIO_ACCESS(64)
+
+static inline u64 rdmsr(u32 index)
+{
+	u32 low, high;
+
+	asm volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(index));
+	return low | (u64)high << 32;
+}
+
+static inline void wrmsr(u32 index, u64 value)
+{
+	asm volatile("wrmsr" : : "c"(index), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
+}
+
+static inline void cpuid(u32 function, u32 index, u32 out[4])
+{
+	asm volatile("cpuid"
+		     : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3])
+		     : "a"(function), "c"(index));
+}
+
+#endif
+#endif

@@ -11,13 +11,19 @@ import pytest
 from kvmlaunch.uapi import RealPlatform
 from tests import debian
 from tests import guests as guest_builder
-from tests.host import require_kvm
+from tests.host import require_kvm, require_snp
 
 
 @pytest.fixture(scope="session")
 def guests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with hello.elf, halt.elf and misbehave.elf."""
     return guest_builder.build(tmp_path_factory.mktemp("guests"))
+
+
+@pytest.fixture(scope="session")
+def test_guests(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built guests of tests/guest_sources."""
+    return guest_builder.build_tests(tmp_path_factory.mktemp("test-guests"))
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +42,12 @@ def ovmf_code_4m() -> Path:
 def real_kvm() -> RealPlatform:
     """This machine's /dev/kvm, where it can be opened."""
     return require_kvm()
+
+
+@pytest.fixture
+def real_snp() -> RealPlatform:
+    """This machine's KVM, where it can launch SNP guests."""
+    return require_snp()
 
 
 @pytest.fixture(scope="session", autouse=True)

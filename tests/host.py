@@ -11,8 +11,8 @@ from typing import NoReturn
 
 import pytest
 
-from kvmlaunch.errors import IoctlError
-from kvmlaunch.kvm import Kvm
+from kvmlaunch.errors import IoctlError, MissingCapability
+from kvmlaunch.kvm import Kvm, SevDevice
 from kvmlaunch.uapi import RealPlatform
 
 
@@ -30,4 +30,16 @@ def require_kvm() -> RealPlatform:
         Kvm.open(platform).close()
     except IoctlError as error:
         require("kvm", str(error).splitlines()[0])
+    return platform
+
+
+def require_snp() -> RealPlatform:
+    """The real platform, where SNP guests can be launched."""
+    platform = require_kvm()
+    try:
+        with Kvm.open(platform) as kvm:
+            kvm.require_snp()
+        SevDevice.open(platform).close()
+    except (IoctlError, MissingCapability) as error:
+        require("snp", str(error).splitlines()[0])
     return platform

@@ -171,7 +171,7 @@ def test_image_with_a_name_in_no_encoding_is_refused_by_that_name(cli: Cli, tmp_
             ("--load-addr", "0x10000000"),
             "the image (0x10000000..0x10001000) is outside the guest's memory (0x0..0x10000000)",
         ),
-        (("--load-addr", "0xfffffffffffff000"), "ends beyond the 51 address bits"),
+        (("--load-addr", "0xfffffffffffff000"), "ends beyond the 52 physical address bits"),
         (("--entry", "0x5000"), "the entry point 0x5000 is outside the image"),
         (("--vcpu-sig", "0x100000000"), "the CPU signature 0x100000000 doesn't fit into 32 bits"),
         (

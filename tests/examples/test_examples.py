@@ -6,20 +6,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmlaunch.uapi import RealPlatform
-from tests.guests import EXAMPLES, require_binutils
+from tests.guests import EXAMPLES, require_build_tools
 
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
-GUESTS = sorted(path.stem for path in (EXAMPLES / "guests").glob("*.s"))
+GUESTS = sorted(path.stem for path in (EXAMPLES / "guests").glob("*.[cs]"))
 MAX_LINES = 40
 SECONDS = 60
 PLAIN = ("--platform", "kvm", "--vm-type", "plain")
 
-# What each script prints, line by line, as a pattern.
-PRINTS = {
+# What each script prints, line by line, as a pattern; ... repeats the one before it.
+PRINTS: dict[str, list[Any]] = {
     "first_difference.py": [
         r"milan [0-9a-f]{96}",
         r"genoa [0-9a-f]{96}",
@@ -32,15 +33,18 @@ PRINTS = {
         r"2 pages were taken before; the launch is <Started .*>",
     ],
     "walk.py": [
-        r".*hello\.elf \(elf\): 7 pages in 2 steps, 1 vCPU, 256 MiB, policy 0x30000",
-        r"  0x1000 6 NORMAL page-tables",
-        r"  0x100000 1 NORMAL segment",
+        r".*hello\.elf \(elf\): [0-9]+ pages in 3 steps, 1 vCPU, 256 MiB, policy 0x30000",
+        r"  0x1000 1 NORMAL start-info",
+        r"  0x100000 [0-9]+ NORMAL segment",
+        r"  0x10[0-9]000 [0-9]+ ZERO bss",
         r"predicted [0-9a-f]{96}",
-        *(rf" +{n} 0x00000000{n + 1}000 NORMAL .* page-tables .*" for n in range(6)),
-        r" +6 0x000000100000 NORMAL .* segment \(hello\.elf\+0x[0-9a-f]+\)",
-        r" +7 0xfffffffff000 VMSA .* vmsa 0 \(kvm-sync\)",
+        r" +0 0x000000001000 NORMAL .* start-info \(kvmlaunch:start-info\)",
+        r" +1 0x000000100000 NORMAL .* segment \(hello\.elf\+0x[0-9a-f]+\)",
+        r" +[0-9]+ 0x0000001[0-9a-f]{5} (NORMAL|ZERO) .* (segment|bss) \(hello\.elf.*\)",
+        ...,
+        r" +[0-9]+ 0xfffffffff000 VMSA .* vmsa 0 \(kvm-sync\)",
         r"<Finished .*>",
-        r"prediction and host agree on all 8 pages",
+        r"prediction and host agree on all [0-9]+ pages",
     ],
 }
 
@@ -48,7 +52,7 @@ PRINTS = {
 @pytest.fixture(scope="module", autouse=True)
 def _built() -> None:
     """Build the guests in place, as the README says: examples find them there."""
-    require_binutils()
+    require_build_tools()
     subprocess.run(["sh", str(EXAMPLES / "guests" / "build.sh")], check=True, timeout=SECONDS)
 
 
@@ -87,9 +91,12 @@ def test_script_is_short(path: Path) -> None:
 def test_script_prints_what_it_promises(path: Path, tmp_path: Path) -> None:
     done = run(path, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    wanted = PRINTS[path.name]
+    wanted = list(PRINTS[path.name])
     lines = done.stdout.splitlines()
-    assert len(lines) == len(wanted)
+    if ... in wanted:
+        # How many pages a guest has is the compiler's affair.
+        at = wanted.index(...)
+        wanted[at : at + 1] = [wanted[at - 1]] * (len(lines) - len(wanted) + 1)
     for line, pattern in zip(lines, wanted, strict=True):
         assert re.fullmatch(pattern, line)
 
@@ -107,7 +114,7 @@ def test_walk_measures_what_the_command_line_measures(tmp_path: Path) -> None:
 def test_guest_on_the_simulated_host_is_launched(name: str) -> None:
     done = cli("run", "--platform", "sim", guest(name))
     assert done.returncode == 0
-    assert "prediction and host agree on all 8 pages" in done.stderr
+    assert re.search(r"^prediction and host agree on all [0-9]+ pages$", done.stderr, re.MULTILINE)
 
 
 def test_every_guest_has_its_end_here() -> None:

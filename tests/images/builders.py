@@ -41,6 +41,7 @@ class Seg:
     offset: int | None = None
     filesz: int | None = None
     type: int = PT_LOAD
+    align: int = 0x1000
 
 
 def elf64(
@@ -74,10 +75,22 @@ def elf64(
             seg.paddr,
             len(seg.data) if seg.filesz is None else seg.filesz,
             len(seg.data) if seg.memsz is None else seg.memsz,
-            0x1000,
+            seg.align,
         )
         body += seg.data
     return header + headers + body
+
+
+def note_bytes(kind: int, descriptor: bytes, *, owner: bytes = b"Xen\0", align: int = 4) -> bytes:
+    """A note of an ELF file, padded."""
+    head = struct.pack("<III", len(owner), len(descriptor), kind) + owner
+    head += bytes(-len(head) % align)
+    return head + descriptor + bytes(-len(descriptor) % align)
+
+
+def pvh_note(entry: int, size: int = 4) -> Seg:
+    """A segment of notes with a PVH entry point (XEN_ELFNOTE_PHYS32_ENTRY)."""
+    return Seg(0, note_bytes(18, entry.to_bytes(size, "little")), type=PT_NOTE, align=4)
 
 
 def data_offset(segments: int) -> int:

@@ -101,7 +101,7 @@ def test_flat_when_image_covers_low_memory_has_tables_behind_it() -> None:
         ),
         (
             PlanOptions(load_addr=0xFFFFFFFFFFFFF000),
-            "image at GPA 0xfffffffffffff000 ends beyond the 51 address bits below the C-bit",
+            "image at GPA 0xfffffffffffff000 ends beyond the 52 physical address bits of x86-64",
         ),
     ],
 )

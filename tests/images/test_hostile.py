@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.images import PlanOptions, load_image
-from tests.images.builders import METADATA_FROM_END, Seg, elf64, ovmf
+from tests.images.builders import METADATA_FROM_END, PT_NOTE, Seg, elf64, ovmf, pvh_note
 
 FIXED = settings(derandomize=True, max_examples=300, deadline=None)
 TYPES = st.sampled_from(["auto", "flat", "elf", "ovmf"])
 MEMORY = 16 << 20
 
 ELF = elf64([Seg(0x100010, b"a" * 300, memsz=0x3000), Seg(0x200000, b"b" * 20), Seg(0, type=4)])
+PVH = elf64([Seg(0x100000, b"a" * 300), pvh_note(0x100010, 8), pvh_note(0x100010)])
 OVMF = ovmf(size=0x1000)
 INTERESTING = st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 1 << 31, 0xFFFFFFFF, (1 << 64) - 1])
 
@@ -43,6 +46,13 @@ def test_load_when_arbitrary_behind_an_elf_magic_plans_or_refuses(data: bytes) -
 
 
 @FIXED
+@given(st.binary(max_size=200), st.sampled_from([0, 1, 4, 8, 1 << 63]))
+def test_load_when_notes_are_arbitrary_plans_or_refuses(notes: bytes, align: int) -> None:
+    segments = [Seg(0x100000, b"a" * 300), Seg(0, notes, type=PT_NOTE, align=align)]
+    plan(elf64(segments), "elf")
+
+
+@FIXED
 @given(st.binary(max_size=1000))
 def test_load_when_arbitrary_before_an_ovmf_footer_plans_or_refuses(data: bytes) -> None:
     tail = OVMF[-48:]
@@ -53,13 +63,14 @@ def test_load_when_arbitrary_before_an_ovmf_footer_plans_or_refuses(data: bytes)
     ("valid", "kind", "places"),
     [
         (ELF, "elf", range(232)),
+        (PVH, "elf", [*range(64, 232), *range(len(PVH) - 44, len(PVH))]),
         (OVMF, "ovmf", range(len(OVMF) - 200, len(OVMF))),
         (OVMF, "ovmf", range(len(OVMF) - METADATA_FROM_END, len(OVMF) - METADATA_FROM_END + 100)),
     ],
-    ids=["elf-headers", "ovmf-table", "ovmf-metadata"],
+    ids=["elf-headers", "elf-notes", "ovmf-table", "ovmf-metadata"],
 )
 def test_load_when_valid_image_is_mutated_plans_or_refuses(
-    valid: bytes, kind: str, places: range
+    valid: bytes, kind: str, places: Sequence[int]
 ) -> None:
     @FIXED
     @given(
@@ -79,7 +90,7 @@ def test_load_when_valid_image_is_mutated_plans_or_refuses(
     mutate()
 
 
-@pytest.mark.parametrize(("valid", "kind"), [(ELF, "elf"), (OVMF, "ovmf")])
+@pytest.mark.parametrize(("valid", "kind"), [(ELF, "elf"), (PVH, "elf"), (OVMF, "ovmf")])
 def test_load_when_valid_image_is_cut_anywhere_plans_or_refuses(valid: bytes, kind: str) -> None:
     for end in range(0, len(valid), 13):
         plan(valid[:end], kind)

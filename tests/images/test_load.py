@@ -76,7 +76,7 @@ def test_load_when_plan_breaks_a_rule_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
         load_image(path, PlanOptions(load_addr=1 << 52))
     assert str(caught.value) == (
-        f"{path}: image at GPA 0x10000000000000 ends beyond the 51 address bits below the C-bit"
+        f"{path}: image at GPA 0x10000000000000 ends beyond the 52 physical address bits of x86-64"
     )
     assert isinstance(caught.value.__cause__, FormatError)
 

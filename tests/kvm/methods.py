@@ -64,6 +64,7 @@ METHODS = (
     Method(Kvm, "check_extension", lambda w: w.kvm.check_extension(3), ("KVM_CHECK_EXTENSION",)),
     Method(Kvm, "vm_types", lambda w: w.kvm.vm_types(), ("KVM_CHECK_EXTENSION",)),
     Method(Kvm, "supports_snp", lambda w: w.kvm.supports_snp(), ("KVM_CHECK_EXTENSION",)),
+    Method(Kvm, "require_snp", lambda w: w.kvm.require_snp(), ("KVM_CHECK_EXTENSION",)),
     Method(Kvm, "vcpu_mmap_size", lambda w: w.kvm.vcpu_mmap_size(), ("KVM_GET_VCPU_MMAP_SIZE",)),
     Method(Kvm, "create_vm", lambda w: w.kvm.create_vm(), ("KVM_CREATE_VM",)),
     Method(Kvm, "supported_cpuid", lambda w: w.kvm.supported_cpuid(), ("KVM_GET_SUPPORTED_CPUID",)),

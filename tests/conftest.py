@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from kvmlaunch.kvm import Kvm
 from kvmlaunch.uapi import RealPlatform
 from tests import debian
 from tests import guests as guest_builder
@@ -48,6 +49,30 @@ def real_kvm() -> RealPlatform:
 def real_snp() -> RealPlatform:
     """This machine's KVM, where it can launch SNP guests."""
     return require_snp()
+
+
+@pytest.fixture
+def tells_cbitpos(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets every host's CPUID tell this C-bit position (leaf 0x8000001F, EBX bits 5:0)."""
+    supported = Kvm.supported_cpuid
+
+    def told(position: int) -> None:
+        def changed(kvm: Kvm) -> list[dict[str, int]]:
+            leaves = supported(kvm)
+            for leaf in leaves:
+                if leaf["function"] == 0x8000001F:
+                    leaf["ebx"] = leaf["ebx"] & ~0x3F | position
+            return leaves
+
+        monkeypatch.setattr(Kvm, "supported_cpuid", changed)
+
+    return told
+
+
+@pytest.fixture
+def silent_cpuid(tells_cbitpos: Callable[[int], None]) -> None:
+    """Lets no host's CPUID tell where the C-bit is, as under emulation."""
+    tells_cbitpos(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

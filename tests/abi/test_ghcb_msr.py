@@ -21,6 +21,10 @@ KNOWN = [
     (0x071100, 1, 7, "SVSM"),
     (0x081100, 1, 8, "VMPL0"),
     (0x091100, 1, 9, "calling area"),
+    # The guests of examples/guests (runtime/runtime.h).
+    (0x06F100, 15, 6, "PVALIDATE failed"),
+    (0x0BF100, 15, 11, "memory doesn't hold what was written"),
+    (0x8DF100, 15, 0x8D, "exception 13"),
 ]
 
 

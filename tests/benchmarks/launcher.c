@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The least that runs an example guest on plain KVM as `kvmlaunch run` does: 256 MiB of
- * memory, one ELF64 segment, 64-bit mode with an identity map of 4 GiB, console and exit
- * port. Usage: launcher GUEST.elf
+ * memory, the ELF64 segments, 32-bit mode without paging (but no PVH start info, which hello
+ * doesn't read), console and exit port. Usage: launcher GUEST.elf
  */
 #include <elf.h>
 #include <fcntl.h>
@@ -16,7 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { MEMORY = 256 << 20, TABLES = 0x1000, CONSOLE = 0x3f8, EXIT = 0xf4 };
+enum { MEMORY = 256 << 20, CONSOLE = 0x3f8, EXIT = 0xf4 };
 
 static int check(int ret, const char *what)
 {
@@ -51,22 +51,11 @@ static uint64_t load(const char *path, char *memory)
 	return header->e_entry;
 }
 
-static void map_identity(char *memory)
-{
-	uint64_t *table = (uint64_t *)(memory + TABLES);
-
-	table[0] = (TABLES + 0x1000) | 3;
-	for (uint64_t i = 0; i < 4; i++)
-		table[512 + i] = (TABLES + 0x2000 + i * 0x1000) | 3;
-	for (uint64_t i = 0; i < 2048; i++)
-		table[1024 + i] = i << 21 | 0x83;
-}
-
-static void enter_long_mode(int vcpu, uint64_t entry)
+static void enter_protected_mode(int vcpu, uint64_t entry)
 {
 	struct kvm_regs regs = { .rip = entry, .rflags = 2 };
 	struct kvm_segment code = { .limit = -1, .selector = 8, .type = 11, .present = 1,
-				    .s = 1, .l = 1, .g = 1 };
+				    .s = 1, .db = 1, .g = 1 };
 	struct kvm_segment data = { .limit = -1, .selector = 16, .type = 3, .present = 1,
 				    .s = 1, .db = 1, .g = 1 };
 	struct kvm_sregs sregs;
@@ -74,10 +63,7 @@ static void enter_long_mode(int vcpu, uint64_t entry)
 	check(ioctl(vcpu, KVM_GET_SREGS, &sregs), "KVM_GET_SREGS");
 	sregs.cs = code;
 	sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data;
-	sregs.cr0 = 0x80000011;
-	sregs.cr3 = TABLES;
-	sregs.cr4 = 0x60;
-	sregs.efer = 0x500;
+	sregs.cr0 = 0x11;
 	check(ioctl(vcpu, KVM_SET_SREGS, &sregs), "KVM_SET_SREGS");
 	check(ioctl(vcpu, KVM_SET_REGS, &regs), "KVM_SET_REGS");
 }
@@ -126,13 +112,12 @@ int main(int argc, char **argv)
 	region.userspace_addr = (uintptr_t)memory;
 	check(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
 	entry = load(argv[1], memory);
-	map_identity(memory);
 	vcpu = check(ioctl(vm, KVM_CREATE_VCPU, 0), "KVM_CREATE_VCPU");
 	state = mmap(NULL, check(ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0), "KVM_GET_VCPU_MMAP_SIZE"),
 		     PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
 	if (state == MAP_FAILED)
 		check(-1, "mmap");
 	copy_cpuid(kvm, vcpu);
-	enter_long_mode(vcpu, entry);
+	enter_protected_mode(vcpu, entry);
 	return run(vcpu, state);
 }

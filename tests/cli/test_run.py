@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,46 @@ def test_run_plain_with_two_vcpus_ends_when_both_halted(
     cli: Cli, halt: Path, real_kvm: RealPlatform
 ) -> None:
     assert cli("run", *PLAIN, "--vcpus", 2, halt).code == 0
+
+
+# Where the C-bit is
+
+
+def test_run_64_bit_image_takes_the_hosts_c_bit(
+    cli: Cli, guests: Path, tells_cbitpos: Callable[[int], None]
+) -> None:
+    tells_cbitpos(47)
+    digest = cli("measure", "--cbitpos", 47, guests / "halt.elf").out.strip()
+    assert digest != cli("measure", guests / "halt.elf").out.strip()
+    done = cli("run", *SIM, guests / "halt.elf")
+    assert done.code == 0
+    assert f"launch digest {digest}" in done.err.splitlines()
+
+
+def test_run_64_bit_image_on_a_host_that_does_not_tell_asks_for_the_option(
+    cli: Cli, guests: Path, silent_cpuid: None
+) -> None:
+    done = cli("run", *SIM, guests / "halt.elf")
+    assert (done.code, done.out) == (2, "")
+    assert done.errors == [
+        f"kvmlaunch: {guests / 'halt.elf'} needs page tables with the C-bit, and this host's "
+        "CPUID doesn't say which bit that is: give --cbitpos BIT"
+    ]
+
+
+def test_run_64_bit_image_with_the_option_is_launched_on_a_host_that_does_not_tell(
+    cli: Cli, guests: Path, silent_cpuid: None
+) -> None:
+    assert cli("run", *SIM, "--cbitpos", 47, guests / "halt.elf").code == 0
+
+
+def test_run_32_bit_image_is_launched_on_a_host_that_does_not_tell(
+    cli: Cli, guests: Path, silent_cpuid: None
+) -> None:
+    assert cli("run", *SIM, guests / "hello.elf").code == 0
+
+
+def test_run_with_another_c_bit_than_the_hosts_is_refused(cli: Cli, guests: Path) -> None:
+    done = cli("run", *SIM, "--cbitpos", 47, guests / "halt.elf")
+    assert done.code == 2
+    assert "have the C-bit at bit 47, but on this host it is bit 51" in done.err

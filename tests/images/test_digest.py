@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from kvmlaunch.images import PlanOptions, load_image
 from kvmlaunch.launch.measure import measure
-from tests.images.builders import Seg, elf64, metadata_bytes, ovmf
+from tests.images.builders import Seg, elf64, metadata_bytes, ovmf, pvh_note
 
 guest = pytest.importorskip("sevsnpmeasure.guest")
 vcpu_types = pytest.importorskip("sevsnpmeasure.vcpu_types")
@@ -109,4 +110,29 @@ def test_digest_when_image_is_elf_is_that_of_tables_segments_and_vmsa() -> None:
     for _ in range(2):
         context.update_vmsa_page(vmsa)
     image = elf64([Seg(0x100000, b"A" * 0x1800, memsz=0x4800)], entry=0x100010)
+    assert measure(load_image(image, PlanOptions(vcpus=2))).digest == context.ld()
+
+
+def test_digest_when_elf_has_a_pvh_note_is_that_of_start_info_segments_and_vmsa() -> None:
+    info = struct.pack("<IIIIQQQQII", 0x336EC578, 1, 0, 0, 0, 0, 0, 0x1000 + 56, 1, 0)
+    info += struct.pack("<QQII", 0, 256 << 20, 1, 0)
+    data = VmcbSeg(0x10, 0xC93, 0xFFFFFFFF, 0)
+    vmsa = save_area(
+        cs=VmcbSeg(8, 0xC9B, 0xFFFFFFFF, 0),
+        **dict.fromkeys(("ds", "es", "ss", "fs", "gs"), data),
+        tr=VmcbSeg(0, 0x8B, 0x67, 0),
+        gdtr=VmcbSeg(0, 0, 0, 0),
+        idtr=VmcbSeg(0, 0, 0, 0),
+        cr0=0x11,
+        rip=0x100010,
+        rbx=0x1000,
+        rdx=0,
+    )
+    context = GCTX()
+    context.update_normal_pages(0x1000, info.ljust(0x1000, b"\0"))
+    context.update_normal_pages(0x100000, b"A" * 0x1800 + bytes(0x800))
+    context.update_zero_pages(0x102000, 0x3000)
+    for _ in range(2):
+        context.update_vmsa_page(vmsa)
+    image = elf64([Seg(0x100000, b"A" * 0x1800, memsz=0x4800), pvh_note(0x100010)])
     assert measure(load_image(image, PlanOptions(vcpus=2))).digest == context.ld()

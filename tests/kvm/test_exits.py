@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kvmlaunch.kvm.exits import (
+    ApResetHoldExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -120,6 +121,7 @@ def test_hypercall_when_unknown_shows_its_number() -> None:
     ("name", "kind"),
     [
         ("KVM_EXIT_HLT", HltExit),
+        ("KVM_EXIT_AP_RESET_HOLD", ApResetHoldExit),
         ("KVM_EXIT_SHUTDOWN", ShutdownExit),
         ("KVM_EXIT_INTR", InterruptedExit),
     ],

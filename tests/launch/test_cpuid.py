@@ -101,6 +101,17 @@ def test_refused_bits_when_the_index_is_another_stay() -> None:
     assert one(full(0x7, 1))["edx"] == ONES
 
 
+# SEV (leaf 0x8000001F)
+
+
+def test_sev_leaf_when_the_vm_is_plain_is_zero() -> None:
+    assert one(full(0x8000001F), confidential=False) == leaf(0x8000001F)
+
+
+def test_sev_leaf_when_the_guest_is_confidential_stays() -> None:
+    assert one(full(0x8000001F)) == full(0x8000001F)
+
+
 # The page
 
 

@@ -385,3 +385,34 @@ def test_memory_view_when_outside_is_a_format_error() -> None:
         pytest.raises(FormatError, match="0x40000"),
     ):
         guest.memory_view(64 * PAGE, 1)
+
+
+# The C-bit in page tables (51 on each simulated host)
+
+
+def test_guest_when_its_page_tables_have_another_c_bit_than_the_host_is_refused() -> None:
+    with (
+        SimPlatform() as platform,
+        pytest.raises(FormatError) as caught,
+        Guest(small_plan(cbitpos=47), platform),
+    ):
+        pass
+    assert str(caught.value) == (
+        "the page tables of test.bin have the C-bit at bit 47, but on this host it is bit 51: "
+        "plan for that (--cbitpos, PlanOptions.cbitpos)"
+    )
+
+
+@pytest.mark.parametrize("position", [None, 51])
+def test_guest_when_its_page_tables_suit_the_host_is_built(position: int | None) -> None:
+    with SimPlatform() as platform, Guest(small_plan(cbitpos=position), platform) as guest:
+        assert guest.launch().witness().agrees
+
+
+def test_guest_when_the_host_does_not_tell_the_c_bit_is_built(
+    silent_cpuid: None,
+) -> None:
+    # Without a CPUID page, which the firmware would correct.
+    planned = plan([step(0x1000, [b"a" * PAGE])], cbitpos=39)
+    with SimPlatform() as platform, Guest(planned, platform) as guest:
+        assert guest.launch().witness().agrees

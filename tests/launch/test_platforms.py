@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvmlaunch import platforms
-from kvmlaunch.errors import FormatError
-from kvmlaunch.platforms import open_platform
+from kvmlaunch.errors import FormatError, MissingCapability
+from kvmlaunch.platforms import host_cbitpos, open_platform
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import RealPlatform, Result, lib
 
@@ -144,3 +144,19 @@ def test_profile_when_unknown_is_a_format_error() -> None:
 def test_fault_when_malformed_is_a_format_error() -> None:
     with pytest.raises(FormatError, match="grammar"):
         open_platform("sim", faults=["nonsense"])
+
+
+@pytest.mark.parametrize("product", ["Milan", "Genoa", "Turin"])
+def test_c_bit_when_a_simulated_host_is_asked_is_51(product: str) -> None:
+    with SimPlatform(product=product) as platform:
+        assert host_cbitpos(platform) == 51
+
+
+def test_c_bit_when_the_host_does_not_tell_is_none(silent_cpuid: None) -> None:
+    with SimPlatform() as platform:
+        assert host_cbitpos(platform) is None
+
+
+def test_c_bit_when_the_host_has_no_snp_is_a_missing_capability() -> None:
+    with pytest.raises(MissingCapability, match="lacks SEV-SNP"):
+        host_cbitpos(Machine(snp=False))

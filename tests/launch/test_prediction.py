@@ -26,7 +26,7 @@ from kvmlaunch.launch.measure import measure
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import Call, Recorder
 from tests.idblock import id_auth, id_block
-from tests.images.builders import Seg, elf64, ovmf
+from tests.images.builders import Seg, elf64, ovmf, pvh_note
 
 from .rig import PAGE, plan, reset_state, small_plan, step
 
@@ -40,6 +40,7 @@ IMAGES: dict[str, tuple[bytes, dict[str, Any]]] = {
     "rom": (FLAT.ljust(0x10000, b"\x90"), {"load_addr": 0xFFFF0000}),
     "flat-64": (FLAT, {"load_addr": 0x200000}),
     "elf": (elf64([Seg(0x100000, FLAT, memsz=0x8000), Seg(0x180123, b"data" * 99)]), {}),
+    "elf-pvh": (elf64([Seg(0x100000, FLAT, memsz=0x8000), pvh_note(0x100010)]), {}),
     "ovmf": (ovmf(), {}),
 }
 

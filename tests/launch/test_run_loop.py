@@ -165,6 +165,25 @@ def test_hlt_when_the_last_vcpu_halts_ends_the_run() -> None:
     assert sorted(vcpu for vcpu, _ in result.exits) == [0, 1, 2]
 
 
+def hold(run: Any) -> RunResult:
+    return plain_exit(run, lib.KVM_EXIT_AP_RESET_HOLD)
+
+
+def test_reset_hold_when_others_still_run_ends_only_that_vcpu() -> None:
+    result = play(one(hold), out_and_exit(b"still here\n", 7), one(hold))
+    assert (result.outcome.kind, result.outcome.vcpu) == ("exit-port", 1)
+    assert "KVM_EXIT_AP_RESET_HOLD" in [str(exit_) for _, exit_ in result.exits]
+
+
+def test_reset_hold_when_every_vcpu_halts_or_holds_ends_the_run_well() -> None:
+    outcome = play(one(hold), one(halt), one(hold)).outcome
+    assert (outcome.kind, outcome.ok) == ("halted", True)
+
+
+def test_reset_hold_when_there_is_one_vcpu_says_what_it_waits_for() -> None:
+    assert str(outcome_of(hold)) == "vCPU 0: the guest waits for a SIPI"
+
+
 def test_shutdown_when_the_guest_is_protected_names_the_rmp() -> None:
     outcome = outcome_of(lambda run: plain_exit(run, lib.KVM_EXIT_SHUTDOWN))
     assert (outcome.kind, outcome.ok) == ("shutdown", False)

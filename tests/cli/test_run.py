@@ -254,7 +254,7 @@ def test_run_64_bit_image_on_a_host_that_does_not_tell_asks_for_the_option(
 def test_run_64_bit_image_with_the_option_is_launched_on_a_host_that_does_not_tell(
     cli: Cli, guests: Path, silent_cpuid: None
 ) -> None:
-    assert cli("run", *SIM, "--cbitpos", 47, guests / "halt.elf").code == 0
+    assert cli("run", *SIM, "--cbitpos", 46, guests / "halt.elf").code == 0
 
 
 def test_run_32_bit_image_is_launched_on_a_host_that_does_not_tell(

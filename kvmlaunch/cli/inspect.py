@@ -42,6 +42,7 @@ def _as_json(plan: LaunchPlan) -> dict[str, Any]:
         "image_type": plan.image_type,
         "policy": f"{plan.policy:#x}",
         "sev_features": f"{plan.sev_features:#x}",
+        "cbitpos": plan.cbitpos,
         "memory": [
             {"gpa": f"{m.gpa:#x}", "size": f"{m.size:#x}", "label": m.label} for m in plan.memory
         ],
@@ -75,6 +76,8 @@ def _as_text(plan: LaunchPlan) -> str:
     lines += ["", f"policy {plan.policy:#x}", *(f"  {bit}" for bit in describe_policy(plan.policy))]
     features = ", ".join(describe_sev_features(plan.sev_features))
     lines += ["", f"SEV features {plan.sev_features:#x}: {features}"]
+    if plan.cbitpos is not None:
+        lines += ["", f"C-bit {plan.cbitpos}, in the page tables"]
     seen: dict[Vmsa, list[int]] = {}
     for index, vcpu in enumerate(plan.vcpus):
         seen.setdefault(vcpu, []).append(index)

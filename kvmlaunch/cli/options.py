@@ -47,7 +47,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         "--entry",
         type=number,
         metavar="GPA",
-        help="where the vCPUs start (flat, ELF; 64-bit start even if the ELF has a PVH note)",
+        help="where the vCPUs start (flat, ELF; then a PVH note doesn't count)",
     )
     image.add_argument("--kernel", metavar="FILE", help="Linux kernel for OVMF (not yet)")
     image.add_argument("--initrd", metavar="FILE", help="its initrd (not yet)")

@@ -83,3 +83,17 @@ def test_inspect_takes_no_log_since_nothing_is_measured(cli: Cli, halt: Path) ->
     done = cli("inspect", "--log", "x.jsonl", halt)
     assert done.code == 2
     assert "unrecognized arguments: --log" in done.err
+
+
+def test_inspect_64_bit_guest_says_where_its_c_bit_is(cli: Cli, guests: Path) -> None:
+    lines = cli("inspect", guests / "halt.elf").out.splitlines()
+    assert "C-bit 51, in the page tables" in lines
+    assert (
+        json.loads(cli("inspect", "--json", "--cbitpos", 47, guests / "halt.elf").out)["cbitpos"]
+        == 47
+    )
+
+
+def test_inspect_32_bit_guest_has_no_c_bit(cli: Cli, guests: Path) -> None:
+    assert "C-bit" not in cli("inspect", guests / "hello.elf").out
+    assert json.loads(cli("inspect", "--json", guests / "hello.elf").out)["cbitpos"] is None

@@ -72,7 +72,7 @@ typedef unsigned long u64;
 #define PAGE_SIZE 4096UL
 #define PAGE_ALIGNED __attribute__((aligned(4096)))
 
-/* From start.S: position of the C-bit, 0 in a plain VM; and the PVH start info. */
+/* From start.S: position of the C-bit, 0 in a plain VM; and the GPA of the PVH start info. */
 extern const u32 c_bit;
 extern const u32 start_info;
 
@@ -129,30 +129,6 @@ static inline void out8(u16 port, u8 value)
 static inline void out32(u16 port, u32 value)
 {
 	asm volatile("outl %0, %1" : : "a"(value), "Nd"(port));
-}
-
-static inline u8 in8(u16 port)
-{
-	u8 value;
-
-	asm volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
-	return value;
-}
-
-static inline u16 in16(u16 port)
-{
-	u16 value;
-
-	asm volatile("inw %1, %0" : "=a"(value) : "Nd"(port));
-	return value;
-}
-
-static inline u32 in32(u16 port)
-{
-	u32 value;
-
-	asm volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
-	return value;
 }
 
 /* MMIO by the only forms that the #VC handler decodes: (%rdx) and %al, %ax, %eax, %rax. */

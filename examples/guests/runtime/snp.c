@@ -8,7 +8,7 @@
 
 static u8 ghcb[PAGE_SIZE] PAGE_ALIGNED;
 
-/* Every answer has the number of its request plus one. */
+/* The answer has the number of its request plus one (but for GHCB_INFO, which start.S asks). */
 u64 ghcb_msr(u64 request)
 {
 	u64 answer;

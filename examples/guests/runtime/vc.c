@@ -82,8 +82,10 @@ static u32 port_io(struct registers *regs, const u8 *code)
 	return length;
 }
 
-static u32 do_cpuid(struct registers *regs)
+static u32 do_cpuid(struct registers *regs, const u8 *code)
 {
+	if (code[0] != 0x0f || code[1] != 0xa2)
+		fail(FAIL_VC);
 	ghcb_begin();
 	ghcb_set(GHCB_RAX, (u32)regs->rax);
 	ghcb_set(GHCB_RCX, (u32)regs->rcx);
@@ -101,6 +103,8 @@ static u32 msr_access(struct registers *regs, const u8 *code)
 {
 	u32 is_write = code[1] == 0x30;
 
+	if (code[0] != 0x0f || (!is_write && code[1] != 0x32))
+		fail(FAIL_VC);
 	ghcb_begin();
 	ghcb_set(GHCB_RCX, (u32)regs->rcx);
 	if (is_write) {
@@ -160,7 +164,7 @@ void vc_handler(struct registers *regs)
 
 	switch (regs->error) {
 	case EXIT_CPUID:
-		regs->rip += do_cpuid(regs);
+		regs->rip += do_cpuid(regs, code);
 		return;
 	case EXIT_IOIO:
 		regs->rip += port_io(regs, code);

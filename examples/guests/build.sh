@@ -9,7 +9,7 @@ CC=${CC:-gcc}
 # Integer instructions only: /dev/kvm may emulate them, and #VC handlers save nothing else.
 FLAGS="-std=gnu11 -Os -Wall -Wextra -ffreestanding -fno-pic -fno-pie -fno-stack-protector \
 -fno-asynchronous-unwind-tables -fno-tree-loop-distribute-patterns -fcf-protection=none \
--mgeneral-regs-only -mno-red-zone -I$here"
+-mgeneral-regs-only -mno-red-zone"
 
 [ $# -gt 0 ] || set -- "$here"/*.c "$here"/*.s
 for source; do
@@ -19,10 +19,10 @@ for source; do
         if [ ! -d "$work/runtime" ]; then
             mkdir "$work/runtime"
             for part in "$here"/runtime/*.[cS]; do
-                $CC $FLAGS -c -o "$work/runtime/$(basename "$part").o" "$part"
+                $CC $FLAGS -I"$here" -c -o "$work/runtime/$(basename "$part").o" "$part"
             done
         fi
-        $CC $FLAGS -c -o "$work/guest.o" "$source"
+        $CC $FLAGS -I"$here" -c -o "$work/guest.o" "$source"
         # -n: no page alignment in the file, so the headers are not part of the guest.
         ld -n -static -T "$here/runtime/guest.ld" -o "${source%.c}.elf" "$work/guest.o" \
             "$work"/runtime/*.o

@@ -21,11 +21,9 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.images.options import PlanOptions
 from kvmlaunch.images.plan import MemoryRegion, PageRange, Piece, free_gpa
 
-__all__ = ["REACHED_END", "boot32", "start_info"]
+__all__ = ["boot32"]
 
-REACHED_END = 1 << 32
-"""First GPA that 32-bit code can't reach."""
-
+_REACHED_END = 1 << 32
 _MAGIC = 0x336EC578
 _VERSION = 1
 _RAM = 1
@@ -49,20 +47,20 @@ def boot32(
 
     Raises FormatError if 32-bit code can't reach ``entry`` or there is no room.
     """
-    low = [region for region in memory if region.gpa < REACHED_END]
+    low = [region for region in memory if region.gpa < _REACHED_END]
     if not any(region.gpa <= entry < region.end for region in low):
         raise FormatError(f"the 32-bit entry point {entry:#x} is not in the low 4 GiB of memory")
     gpa = free_gpa(low, [(step.gpa, step.end) for step in taken], PAGE_SIZE)
     if gpa is None:
         raise FormatError("no page of memory is left for the PVH start info")
-    info = memoryview(start_info(gpa, memory))
+    info = memoryview(_start_info(gpa, memory))
     step = PageRange(
         gpa, PAGE_SIZE, PageType.NORMAL, "start-info", _ORIGIN, (Piece(0, info, _ORIGIN),)
     )
     return step, _protected_mode(entry, gpa, options.sev_features)
 
 
-def start_info(gpa: int, memory: Sequence[MemoryRegion]) -> bytes:
+def _start_info(gpa: int, memory: Sequence[MemoryRegion]) -> bytes:
     """``struct hvm_start_info`` at ``gpa``, and the memory map behind it."""
     header = _HEADER.pack(_MAGIC, _VERSION, 0, 0, 0, 0, 0, gpa + _HEADER.size, len(memory), 0)
     entries = [_ENTRY.pack(region.gpa, region.size, _RAM, 0) for region in memory]

@@ -43,8 +43,9 @@ def launched(
     vcpus: int = 1,
     memory: int = MEMORY,
     ghcb_version: int = 0,
+    cbitpos: int | None = None,
 ) -> Guest:
-    options = PlanOptions(memory=memory, confidential=confidential, vcpus=vcpus)
+    options = PlanOptions(memory=memory, confidential=confidential, vcpus=vcpus, cbitpos=cbitpos)
     guest = Guest(load_image(image, options), platform, ghcb_version=ghcb_version)
     if confidential:
         guest.launch()
@@ -216,6 +217,22 @@ def test_cpuid_and_msrs_when_asked_are_answered(
     run = Run(test_guests / "registers.elf", *kind)
     assert (run.outcome.kind, run.outcome.ok) == ("exit-port", True)
     assert run.text in ("AuthenticAMD\n", "GenuineIntel\n")
+
+
+# 64-bit guests, whose page tables are the launcher's
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "ok"), [("halt", "halted", True), ("misbehave", "shutdown", False)]
+)
+def test_64_bit_guest_when_its_page_tables_have_the_hosts_c_bit_ends_as_it_should(
+    real_snp: RealPlatform, guests: Path, name: str, kind: str, ok: bool
+) -> None:
+    """hello says where the C-bit is, since the host's CPUID may not."""
+    said = Run(guests / "hello.elf", real_snp, True).text
+    cbitpos = int(said.partition("C-bit ")[2].partition(",")[0])
+    outcome = Run(guests / f"{name}.elf", real_snp, True, cbitpos=cbitpos).outcome
+    assert (outcome.kind, outcome.ok) == (kind, ok)
 
 
 # Bad ends of the runtime

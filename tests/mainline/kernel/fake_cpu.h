@@ -6,29 +6,8 @@
 #ifndef FAKE_CPU_H
 #define FAKE_CPU_H
 
+#include "fake_cpuid.h"
 #include "fake_dev.h"
-
-/*
- * Bit 39 is the highest one that an emulated CPU of 40 physical bits has; the
- * page walk refuses any bit above.
- */
-#define FAKE_C_BIT	39
-
-#define FAKE_SEV_LEAF	0x8000001f
-
-static void fake_cpuid(unsigned int leaf, unsigned int *eax, unsigned int *ebx,
-		       unsigned int *ecx, unsigned int *edx)
-{
-	if (leaf != FAKE_SEV_LEAF) {
-		cpuid(leaf, eax, ebx, ecx, edx);
-		return;
-	}
-	/* SEV, SEV-ES and SEV-SNP; one address bit less. */
-	*eax = BIT(1) | BIT(3) | BIT(4);
-	*ebx = FAKE_C_BIT | 1 << 6;
-	*ecx = 509;
-	*edx = FAKE_MAX_SNP_ASID + 1;
-}
 
 static __always_inline bool fake_has(int bit)
 {

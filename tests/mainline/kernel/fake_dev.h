@@ -353,12 +353,17 @@ static int fake_sev_platform_init(struct sev_platform_init_args *args)
 	ret = fake_vcpu_init();
 	if (ret)
 		goto rmp;
-	ret = misc_register(&fake_sev_misc);
+	ret = fake_cpuid_init();
 	if (ret)
 		goto vcpu;
+	ret = misc_register(&fake_sev_misc);
+	if (ret)
+		goto cpuid;
 	fake_debugfs_init();
 	return 0;
 
+cpuid:
+	fake_cpuid_exit();
 vcpu:
 	fake_vcpu_exit();
 rmp:
@@ -376,6 +381,7 @@ static void fake_sev_platform_shutdown(void)
 
 	misc_deregister(&fake_sev_misc);
 	fake_debugfs_exit();
+	fake_cpuid_exit();
 	fake_vcpu_exit();
 
 	if (assigned)

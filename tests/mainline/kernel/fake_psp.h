@@ -13,6 +13,7 @@
 #include <linux/bitmap.h>
 #include <linux/random.h>
 
+#include "fake_cpuid.h"
 #include "fake_idblock.h"
 #include "fake_log.h"
 #include "fake_rmp.h"
@@ -21,7 +22,6 @@
 #define FAKE_API_MINOR		55
 #define FAKE_BUILD		21
 #define FAKE_TCB		(3ULL | 8ULL << 48 | 115ULL << 56)
-#define FAKE_MAX_SNP_ASID	99
 
 #define FAKE_POLICY_SMT		BIT_ULL(16)
 #define FAKE_POLICY_ONE		BIT_ULL(17)

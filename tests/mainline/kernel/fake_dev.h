@@ -332,9 +332,9 @@ static int fake_sev_issue_cmd_external_user(struct file *file, unsigned int id,
 	return fake_sev_do_cmd(id, data, error);
 }
 
-/* Defined in fake_vcpu.h, which sev.c includes at its end. */
-static int fake_vcpu_init(void);
-static void fake_vcpu_exit(void);
+/* Defined in fake_npt.h, which sev.c includes with fake_vcpu.h at its end. */
+static int fake_npt_init(void);
+static void fake_npt_exit(void);
 
 /* KVM's probe at load is what brings the fakes to life. */
 static int fake_sev_platform_init(struct sev_platform_init_args *args)
@@ -350,12 +350,12 @@ static int fake_sev_platform_init(struct sev_platform_init_args *args)
 	ret = fake_rmp_init();
 	if (ret)
 		goto digest;
-	ret = fake_vcpu_init();
+	ret = fake_npt_init();
 	if (ret)
 		goto rmp;
 	ret = fake_cpuid_init();
 	if (ret)
-		goto vcpu;
+		goto npt;
 	ret = misc_register(&fake_sev_misc);
 	if (ret)
 		goto cpuid;
@@ -364,8 +364,8 @@ static int fake_sev_platform_init(struct sev_platform_init_args *args)
 
 cpuid:
 	fake_cpuid_exit();
-vcpu:
-	fake_vcpu_exit();
+npt:
+	fake_npt_exit();
 rmp:
 	fake_rmp_exit();
 digest:
@@ -382,7 +382,7 @@ static void fake_sev_platform_shutdown(void)
 	misc_deregister(&fake_sev_misc);
 	fake_debugfs_exit();
 	fake_cpuid_exit();
-	fake_vcpu_exit();
+	fake_npt_exit();
 
 	if (assigned)
 		pr_warn("fake RMP: %llu pages are still assigned\n", assigned);

@@ -126,6 +126,7 @@ static bool fake_do_pvalidate(struct vcpu_svm *svm, struct sev_es_save_area *vms
 	same = entry->validated == validate;
 	for (i = 0; i < fake_rmp_pages(entry->level); i++)
 		entry[i].validated = validate;
+	fake_rmp_generation++;
 	spin_unlock(&fake_rmp_lock);
 	return fake_finish(vmsa, 0, same);
 }

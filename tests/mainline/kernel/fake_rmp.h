@@ -31,6 +31,9 @@ struct fake_rmp_entry {
 static struct fake_rmp_entry *fake_rmp;
 static u64 fake_rmp_size;
 
+/* Counts changes that take a page away from somebody who may have cached it. */
+static u64 fake_rmp_generation;
+
 /* Taken with GIF clear by a running vCPU, too: no holder may sleep. */
 static DEFINE_SPINLOCK(fake_rmp_lock);
 
@@ -65,14 +68,13 @@ static u64 fake_rmp_pages(int level)
 
 static bool fake_rmp_asid_in_use(u32 asid)
 {
-	bool found = false;
 	u64 pfn;
 
-	spin_lock(&fake_rmp_lock);
-	for (pfn = 0; pfn < fake_rmp_size && !found; pfn++)
-		found = fake_rmp[pfn].assigned && fake_rmp[pfn].asid == asid;
-	spin_unlock(&fake_rmp_lock);
-	return found;
+	for (pfn = 0; pfn < fake_rmp_size; pfn++) {
+		if (fake_rmp[pfn].assigned && fake_rmp[pfn].asid == asid)
+			return true;
+	}
+	return false;
 }
 
 /*
@@ -103,6 +105,7 @@ static int fake_rmp_update(u64 pfn, const struct fake_rmp_entry *new)
 		if (new->asid)
 			fake_rmp[pfn + i].gpa = new->gpa + i * PAGE_SIZE;
 	}
+	fake_rmp_generation++;
 	ret = 0;
 unlock:
 	spin_unlock(&fake_rmp_lock);

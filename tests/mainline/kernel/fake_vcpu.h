@@ -10,6 +10,7 @@
 #define FAKE_VCPU_H
 
 #include "fake_insn.h"
+#include "fake_npt.h"
 #include "fake_run.h"
 
 /* What a guest may change and VMRUN doesn't switch. */
@@ -18,35 +19,6 @@ struct fake_host {
 	u32 pkru;
 	unsigned long dr[4];
 };
-
-/* A root of nested page tables with the C-bit's half filled, for each CPU. */
-static DEFINE_PER_CPU(u64 *, fake_npt_root);
-
-static void fake_vcpu_exit(void)
-{
-	int cpu;
-
-	for_each_possible_cpu(cpu) {
-		free_page((unsigned long)per_cpu(fake_npt_root, cpu));
-		per_cpu(fake_npt_root, cpu) = NULL;
-	}
-}
-
-static int fake_vcpu_init(void)
-{
-	int cpu;
-
-	for_each_possible_cpu(cpu) {
-		u64 *root = (u64 *)get_zeroed_page(GFP_KERNEL);
-
-		if (!root) {
-			fake_vcpu_exit();
-			return -ENOMEM;
-		}
-		per_cpu(fake_npt_root, cpu) = root;
-	}
-	return 0;
-}
 
 /* Fields that the VMSA and the VMCB's save area have in common. */
 #define fake_copy_save(to, from)				\
@@ -201,16 +173,13 @@ static struct sev_es_save_area *fake_find_vmsa(struct vcpu_svm *svm)
 }
 
 /* One VMRUN, with intercepts for what the CPU doesn't know. */
-static void fake_vmrun(struct vcpu_svm *svm, bool spec_ctrl_intercepted)
+static void fake_vmrun(struct vcpu_svm *svm, const struct sev_es_save_area *vmsa,
+		       bool spec_ctrl_intercepted)
 {
 	struct vmcb_control_area *control = &svm->vmcb->control;
-	u64 *root = this_cpu_read(fake_npt_root);
 	u64 nested_cr3 = control->nested_cr3;
-	u64 *kvm_root = __va(nested_cr3 & PAGE_MASK);
 
-	root[0] = READ_ONCE(kvm_root[0]);
-	root[BIT(FAKE_C_BIT - 39)] = root[0];
-	control->nested_cr3 = __pa(root);
+	control->nested_cr3 = fake_npt_root(svm, vmsa);
 	control->clean = 0;
 	/* QEMU doesn't know the flush of one ASID. */
 	control->tlb_ctl = TLB_CONTROL_FLUSH_ALL_ASID;
@@ -222,28 +191,51 @@ static void fake_vmrun(struct vcpu_svm *svm, bool spec_ctrl_intercepted)
 
 	vmcb_clr_intercept(control, INTERCEPT_EXCEPTION_OFFSET + UD_VECTOR);
 	control->nested_cr3 = nested_cr3;
+	control->tlb_ctl = TLB_CONTROL_DO_NOTHING;
 	control->event_inj = 0;
 }
 
+/*
+ * The page isn't in the tables that QEMU walks: put it there, or find out who
+ * has to hear of it.
+ */
 static bool fake_handle_npf(struct vcpu_svm *svm, struct sev_es_save_area *vmsa)
 {
 	struct vmcb_control_area *control = &svm->vmcb->control;
+	u64 info = control->exit_info_1;
 	u64 gpa = control->exit_info_2;
-	bool private = gpa & FAKE_C_MASK;
-
-	/* MMIO */
-	if (control->exit_info_1 & PFERR_RSVD_MASK)
-		return fake_inject_vc(svm, vmsa, SVM_EXIT_NPF);
+	struct fake_spot spot = {
+		.gpa = gpa & ~FAKE_C_MASK,
+		.private = gpa & FAKE_C_MASK,
+		.write = info & PFERR_WRITE_MASK,
+	};
 
 	/* Code and page tables are private whatever the C-bit says. */
-	if (control->exit_info_1 & (PFERR_GUEST_PAGE_MASK | PFERR_FETCH_MASK))
-		private = true;
+	if (info & (PFERR_GUEST_PAGE_MASK | PFERR_FETCH_MASK))
+		spot.private = true;
 	if (!fake_has_c_bit(vmsa))
-		private = true;
-	if (private)
-		control->exit_info_1 |= PFERR_GUEST_ENC_MASK;
-	control->exit_info_2 = gpa & ~FAKE_C_MASK;
-	return true;
+		spot.private = true;
+
+	info &= ~PFERR_PRESENT_MASK;
+	if (spot.private)
+		info |= PFERR_GUEST_ENC_MASK;
+
+	switch (fake_npt_fill(svm, gpa & PAGE_MASK, &spot)) {
+	case FAKE_FILLED:
+		return false;
+	case FAKE_IS_MMIO:
+		return fake_inject_vc(svm, vmsa, SVM_EXIT_NPF);
+	case FAKE_NOT_VALIDATED:
+		return fake_inject_vc(svm, vmsa, FAKE_PAGE_NOT_VALIDATED);
+	case FAKE_RMP_FAULT:
+		info |= PFERR_GUEST_RMP_MASK;
+		break;
+	case FAKE_NOT_MAPPED:
+		break;
+	}
+	if (spot.present)
+		info |= PFERR_PRESENT_MASK;
+	return fake_exit(svm, SVM_EXIT_NPF, info, spot.gpa);
 }
 
 /*
@@ -325,7 +317,7 @@ void fake_vcpu_run(struct vcpu_svm *svm, bool spec_ctrl_intercepted,
 	fake_load_state(vmsa, &host);
 	for (;;) {
 		fake_load_vmsa(svm, vmsa);
-		fake_vmrun(svm, spec_ctrl_intercepted);
+		fake_vmrun(svm, vmsa, spec_ctrl_intercepted);
 		fake_save_vmsa(svm, vmsa);
 		if (fake_handle_exit(svm, vmsa))
 			break;

@@ -18,15 +18,18 @@ enum fake_walk {
 	FAKE_MAPPED,
 	/* KVM doesn't map the page: it has to see an NPF. */
 	FAKE_NPF,
+	/* KVM knows that there is no memory. */
+	FAKE_MMIO,
 	/* The guest doesn't map it. */
 	FAKE_NOT_PRESENT,
 };
 
-/* Where a walk ended. */
+/* Where a walk ended; `spte` is KVM's entry for it. */
 struct fake_spot {
 	void *va;
 	u64 gpa;
 	u64 pfn;
+	u64 spte;
 	bool private;
 	bool write;
 	bool present;
@@ -40,6 +43,18 @@ static bool fake_has_c_bit(const struct sev_es_save_area *vmsa)
 	return (vmsa->cr0 & X86_CR0_PG) && (vmsa->cr4 & X86_CR4_PAE);
 }
 
+/* KVM looks at these bits for what was used. */
+static u64 fake_set_used(u64 *spte, u64 old, bool write)
+{
+	u64 used = old | PT_ACCESSED_MASK;
+
+	if (write)
+		used |= PT_DIRTY_MASK;
+	if (used != old)
+		cmpxchg64(spte, old, used);
+	return used;
+}
+
 /* KVM's nested page tables, which have four levels here. */
 static enum fake_walk fake_walk_nested(u64 root, struct fake_spot *spot)
 {
@@ -49,25 +64,26 @@ static enum fake_walk fake_walk_nested(u64 root, struct fake_spot *spot)
 	spot->present = false;
 	for (shift = 39; shift >= PAGE_SHIFT; shift -= 9) {
 		u64 *entries = __va(table & FAKE_PTE_ADDRESS);
-		u64 entry = READ_ONCE(entries[(spot->gpa >> shift) & 511]);
+		u64 *entry = &entries[(spot->gpa >> shift) & 511];
 		u64 offset = spot->gpa & (BIT_ULL(shift) - 1);
 
-		if (!(entry & PT_PRESENT_MASK))
+		table = READ_ONCE(*entry);
+		if (!(table & PT_PRESENT_MASK))
 			return FAKE_NPF;
-		/* An MMIO SPTE: no memory to read. */
-		if (entry & FAKE_PTE_RESERVED)
-			return FAKE_NOT_PRESENT;
-		if (spot->write && !(entry & PT_WRITABLE_MASK)) {
+		if (table & FAKE_PTE_RESERVED)
+			return FAKE_MMIO;
+		if (spot->write && !(table & PT_WRITABLE_MASK)) {
 			spot->present = true;
 			return FAKE_NPF;
 		}
-		table = entry;
-		if (shift > PAGE_SHIFT && !((entry & FAKE_PTE_LARGE) && shift < 39))
+		if (shift > PAGE_SHIFT && !((table & FAKE_PTE_LARGE) && shift < 39))
 			continue;
 
-		table = (entry & FAKE_PTE_ADDRESS & ~(BIT_ULL(shift) - 1)) + offset;
+		spot->spte = fake_set_used(entry, table, spot->write);
+		table = (table & FAKE_PTE_ADDRESS & ~(BIT_ULL(shift) - 1)) + offset;
 		break;
 	}
+	spot->present = true;
 	spot->va = __va(table);
 	spot->pfn = PHYS_PFN(table);
 	return FAKE_MAPPED;

@@ -9,6 +9,7 @@
 #ifndef FAKE_VCPU_H
 #define FAKE_VCPU_H
 
+#include "fake_fpu.h"
 #include "fake_insn.h"
 #include "fake_npt.h"
 #include "fake_run.h"
@@ -110,6 +111,7 @@ static bool fake_xcr0_valid(u64 xcr0)
 static void fake_load_state(const struct sev_es_save_area *vmsa, struct fake_host *host)
 {
 	if (test_cpu_cap(&boot_cpu_data, X86_FEATURE_XSAVE)) {
+		fake_load_fpu(vmsa);
 		host->xcr0 = xgetbv(XCR_XFEATURE_ENABLED_MASK);
 		xsetbv(XCR_XFEATURE_ENABLED_MASK, vmsa->xcr0);
 	}
@@ -134,6 +136,7 @@ static void fake_save_state(struct sev_es_save_area *vmsa, const struct fake_hos
 	if (test_cpu_cap(&boot_cpu_data, X86_FEATURE_XSAVE)) {
 		vmsa->xcr0 = xgetbv(XCR_XFEATURE_ENABLED_MASK);
 		xsetbv(XCR_XFEATURE_ENABLED_MASK, host->xcr0);
+		fake_save_fpu(vmsa);
 	}
 	if (test_cpu_cap(&boot_cpu_data, X86_FEATURE_OSPKE)) {
 		vmsa->pkru = rdpkru();

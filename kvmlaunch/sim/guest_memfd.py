@@ -61,15 +61,13 @@ class GuestMemfd(File):
         self.present.add(index)
         return self._base + index * PAGE_SIZE
 
-    def fallocate(self, mode: int, offset: int, length: int) -> int:
+    def allocate(self, mode: int, offset: int, length: int) -> int:
         """Preallocate, or punch a hole: free pages and take them from the guest."""
-        # vfs_fallocate() and kvm_gmem_fallocate(), in this order.
-        if offset < 0 or length <= 0:
-            refuse(errno.EINVAL)
-        if mode not in (_ALLOCATE, _PUNCH):
-            refuse(errno.EOPNOTSUPP)
+        # vfs_fallocate(), then kvm_gmem_fallocate().
         if offset + length > _MAX_SIGNED:
             refuse(errno.EFBIG)
+        if mode not in (_ALLOCATE, _PUNCH):
+            refuse(errno.EOPNOTSUPP)
         if offset % PAGE_SIZE or length % PAGE_SIZE:
             refuse(errno.EINVAL)
         first, end = offset // PAGE_SIZE, (offset + length) // PAGE_SIZE

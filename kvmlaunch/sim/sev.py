@@ -20,6 +20,11 @@ _SNP_ACTIVE = 1 << 0
 _GHCB_VERSION_MAX = 2
 _POLICY_SMT, _POLICY_MBO, _POLICY_SINGLE_SOCKET = 1 << 16, 1 << 17, 1 << 20
 
+# Ids that no kernel has a handler for (sev_mem_enc_ioctl()).
+_LEGACY_UNKNOWN = frozenset(
+    {lib.KVM_SEV_SEND_UPDATE_VMSA, lib.KVM_SEV_RECEIVE_UPDATE_VMSA, lib.KVM_SEV_CERT_EXPORT}
+)
+
 _CommandHandler = Callable[["Vm", Any], None]
 
 
@@ -34,6 +39,7 @@ class SevVm:
         self.ghcb_version = 0
         self.asid = 0
         self.context: int | None = None
+        self._guest_response: int | None = None
         self.fd = -1
         self.req_certs = False
         self.regions: list[tuple[int, int]] = []
@@ -74,8 +80,16 @@ class SevVm:
             return
         if host.psp.status("SNP_DECOMMISSION", lambda: host.processor.decommission(context)):
             return
-        self._free_context_page(context)
+        self._free_firmware_page(context)
         self.context = None
+
+    def prepare_guest_requests(self) -> None:
+        """snp_guest_req_init(): a Firmware page for the answers to guest messages."""
+        host = self._vm.host
+        spa = host.memory.alloc()
+        if host.rmp.make_private(spa, 0, 0, immutable=True):
+            refuse(errno.EIO)
+        self._guest_response = spa
 
     def create_context(self, command: Any) -> int | None:
         """snp_context_create(): None whatever went wrong."""
@@ -91,7 +105,7 @@ class SevVm:
                 lambda: host.processor.gctx_create(spa),
             )
         except OSError:
-            self._free_context_page(spa)
+            self._free_firmware_page(spa)
             return None
         return spa
 
@@ -99,11 +113,13 @@ class SevVm:
         """The VM is gone."""
         if not self.active:
             return
+        if self._guest_response is not None:
+            self._free_firmware_page(self._guest_response)
         self.decommission()
         if self.context is None:
             self._vm.host.asids.give_back(self.asid)
 
-    def _free_context_page(self, spa: int) -> None:
+    def _free_firmware_page(self, spa: int) -> None:
         host = self._vm.host
         # A page that can't be reclaimed is leaked; unlike a guest page it kills nobody.
         if not host.psp.page_reclaim(spa) and not host.rmp.make_shared(spa):
@@ -134,7 +150,9 @@ def _handler(vm: Vm, command: int) -> _CommandHandler | None:
         return _enable_req_certs
     if command in (lib.KVM_SEV_INIT, lib.KVM_SEV_ES_INIT):
         return _legacy_init
-    if command <= lib.KVM_SEV_SEND_CANCEL and command != lib.KVM_SEV_CERT_EXPORT:
+    if command == lib.KVM_SEV_RECEIVE_UPDATE_DATA:
+        return _legacy_receive_update_data
+    if command <= lib.KVM_SEV_SEND_CANCEL and command not in _LEGACY_UNKNOWN:
         return _legacy
     return {
         lib.KVM_SEV_INIT2: _init2,
@@ -154,6 +172,11 @@ def _legacy(vm: Vm, command: Any) -> None:
     refuse(errno.ENOTTY)
 
 
+def _legacy_receive_update_data(vm: Vm, command: Any) -> None:
+    """The same, with an errno of its own."""
+    refuse(errno.EINVAL)
+
+
 def _init2(vm: Vm, command: Any) -> None:
     sev, profile = vm.sev, vm.host.profile
     if not sev.need_init or not vm.is_snp_type:
@@ -168,6 +191,7 @@ def _init2(vm: Vm, command: Any) -> None:
     sev.asid = vm.host.asids.take()
     sev.features = init.vmsa_features | _SNP_ACTIVE
     sev.ghcb_version = init.ghcb_version or _GHCB_VERSION_MAX
+    sev.prepare_guest_requests()
     sev.active, sev.need_init = True, False
 
 

@@ -157,6 +157,18 @@ def test_firmware_status_at_nth_page():
         assert words == [0, 0, 0x1C, 0]
 
 
+def test_vm_reclaims_its_response_page_before_it_decommissions():
+    # snp_guest_req_init() takes a Firmware page at INIT2; sev_vm_destroy() gives it back first.
+    with simulated() as platform:
+        guest = Guest(platform)
+        guest.ok(guest.start()[0])
+        issued = []
+        status = platform._host.psp.status
+        platform._host.psp.status = lambda name, call: issued.append(name) or status(name, call)
+        platform.close(guest.vm)
+        assert issued == ["SNP_PAGE_RECLAIM", "SNP_DECOMMISSION", "SNP_PAGE_RECLAIM"]
+
+
 def test_second_reclaim_failure_kills_the_second_vm_only():
     faults = ["SNP_LAUNCH_UPDATE:fw=0x1c@1+", "SNP_PAGE_RECLAIM:fail@2"]
     with simulated(faults=faults) as platform:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable
 from typing import cast
 
@@ -11,6 +12,7 @@ from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import FdTable
 from kvmlaunch.sim.firmware import SecureProcessor
 from kvmlaunch.sim.firmware_profiles import Product, firmware_profile
+from kvmlaunch.sim.guest_limits import GuestLimits, limits
 from kvmlaunch.sim.memory import PhysicalMemory
 from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.sim.psp import Psp
@@ -86,6 +88,12 @@ class Host:
         """Width of a physical address on the bare CPU."""
         leaf = self.cpu.hardware_cpuid(0x80000008)
         return leaf[0] & 0xFF if leaf else 36
+
+    @functools.cached_property
+    def guest_limits(self) -> GuestLimits:
+        """What KVM's own CPUID table forbids."""
+        leaves = {(leaf.function, leaf.index): leaf for leaf in self.cpuid}
+        return limits(lambda function, index: leaves.get((function, index)))
 
     @property
     def supported_xcr0(self) -> int:

@@ -15,6 +15,7 @@ _MAX_BATCH = 256
 _ENTRY = ffi.sizeof("struct kvm_msr_entry")
 
 EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
+SYSENTER_ESP, SYSENTER_EIP = 0x175, 0x176
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
 
 VMCB: Mapping[int, str] = MappingProxyType(
@@ -25,8 +26,8 @@ VMCB: Mapping[int, str] = MappingProxyType(
         0xC0000084: "sfmask",
         0xC0000102: "kernel_gs_base",
         0x174: "sysenter_cs",
-        0x175: "sysenter_esp",
-        0x176: "sysenter_eip",
+        SYSENTER_ESP: "sysenter_esp",
+        SYSENTER_EIP: "sysenter_eip",
         PAT: "g_pat",
         DEBUGCTL: "dbgctl",
         0x1DB: "br_from",
@@ -93,6 +94,7 @@ def transfer(
         elif access is not None:
             value = access(entry.index)
             if value is None:
+                entry.data = 0  # kvm_do_msr_access(): a read that fails shows nothing old
                 break
             entry.data = value
         done += 1

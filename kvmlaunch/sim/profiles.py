@@ -59,6 +59,7 @@ class KernelProfile:
         guest_memfd_flags: flags of KVM_CREATE_GUEST_MEMFD on a VM without private memory.
         guest_memfd_flags_private: the same on an SNP VM.
         guest_memfd_on_default_vm: guest_memfd slots work on a VM without private memory.
+        sregs_check_efer: KVM_SET_SREGS holds EFER against CPUID: long mode needs LM there.
         req_certs: KVM_SEV_SNP_ENABLE_REQ_CERTS and its attribute exist.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
     """
@@ -80,6 +81,7 @@ class KernelProfile:
     guest_memfd_flags: int
     guest_memfd_flags_private: int
     guest_memfd_on_default_vm: bool
+    sregs_check_efer: bool
     req_certs: bool
     quirks: int
 
@@ -105,6 +107,7 @@ _6_12 = KernelProfile(
     guest_memfd_flags=0,
     guest_memfd_flags_private=0,
     guest_memfd_on_default_vm=False,
+    sregs_check_efer=True,
     req_certs=False,
     quirks=_QUIRKS_6_12,
 )
@@ -123,6 +126,7 @@ _6_18 = replace(
     guest_memfd_flags=lib.GUEST_MEMFD_FLAG_MMAP | lib.GUEST_MEMFD_FLAG_INIT_SHARED,
     guest_memfd_flags_private=lib.GUEST_MEMFD_FLAG_MMAP,
     guest_memfd_on_default_vm=True,
+    sregs_check_efer=False,
     quirks=_QUIRKS_6_18,
 )
 

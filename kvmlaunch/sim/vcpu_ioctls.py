@@ -78,19 +78,24 @@ def _get_sregs2(vcpu: Vcpu, arg: int) -> int:
     _need_open_state(vcpu)
     out = ffi.new("struct kvm_sregs2 *")
     _fill_sregs(vcpu, out)
+    if vcpu.state.pae_paging:
+        out.flags, out.pdptrs = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID, vcpu.state.pdptrs
     copy_out(vcpu.vm.host.user, arg, out)
     return 0
 
 
 def _set_sregs2(vcpu: Vcpu, arg: int) -> int:
-    sregs = copy_in(vcpu.vm.host.user, "kvm_sregs2", arg)
+    # Before the struct is read, unlike KVM_SET_SREGS (x86.c: kvm_arch_vcpu_ioctl()).
     _need_open_state(vcpu)
+    sregs = copy_in(vcpu.vm.host.user, "kvm_sregs2", arg)
     if sregs.flags & ~lib.KVM_SREGS2_FLAGS_PDPTRS_VALID:
         refuse(errno.EINVAL)
     pae = sregs.cr0 >> 31 & sregs.cr4 >> 5 & ~(sregs.efer >> 10) & 1
     if sregs.flags and not pae:
         refuse(errno.EINVAL)
     _take_sregs(vcpu, sregs)
+    if sregs.flags:
+        vcpu.state.pdptrs = list(sregs.pdptrs)
     return 0
 
 

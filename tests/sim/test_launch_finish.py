@@ -235,6 +235,22 @@ def test_register_ioctl_after_finish_is_einval(guest, verb, name):
     assert guest.ioctl(guest.vcpus[0], request, args) == EINVAL
 
 
+# kvm_arch_vcpu_ioctl(): only SET_SREGS2 looks at the vCPU before it reads the struct.
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("REGS", errno.EFAULT),
+        ("SREGS", errno.EFAULT),
+        ("SREGS2", errno.EINVAL),
+        ("DEBUGREGS", errno.EFAULT),
+        ("XCRS", errno.EFAULT),
+    ],
+)
+def test_set_with_a_null_struct_after_finish(guest, name, code):
+    guest.ok(guest.finish()[0])
+    assert guest.ioctl(guest.vcpus[0], getattr(lib, f"KVM_SET_{name}")) == (-1, code)
+
+
 def test_guest_debug_after_finish_is_einval(guest):
     guest.ok(guest.finish()[0])
     debug = struct("kvm_guest_debug")

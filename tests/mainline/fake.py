@@ -1,0 +1,99 @@
+"""The real kernel over the fake secure processor: the real platform, and firmware that tells."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvmlaunch.uapi import MeasuredPage, RealPlatform, Result, ffi, lib, peek
+from tests.mainline.simulated import sparse
+
+__all__ = ["DEBUGFS", "FakeHost"]
+
+DEBUGFS = Path("/sys/kernel/debug/fake_psp")
+"""Where the fake secure processor writes what it measured and did, and takes orders."""
+
+_PAGE = 4096
+
+
+class FakeHost(RealPlatform):
+    """RealPlatform with ``measured_pages``; orders and witness for the differential test."""
+
+    def __init__(self, debugfs: Path = DEBUGFS) -> None:
+        self._debugfs = debugfs
+        self._guest_of: dict[int, int] = {}
+        self.phys_bits = _phys_bits()
+        self.vcpu_ids = self._vcpu_ids()
+
+    def __repr__(self) -> str:
+        return f"FakeHost({str(self._debugfs)!r})"
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
+        """ioctl(2); START ties the VM's descriptor to the newest guest context."""
+        result = super().ioctl(fd, request, arg)
+        if request == lib.KVM_MEMORY_ENCRYPT_OP and result.ret == 0 and arg:
+            command = ffi.new("struct kvm_sev_cmd *")
+            ffi.buffer(command)[:] = peek(arg, ffi.sizeof("struct kvm_sev_cmd"))
+            if command.id == lib.KVM_SEV_SNP_LAUNCH_START:
+                self._guest_of[fd] = self._contexts()
+        return result
+
+    def measured_pages(self, vm_fd: int) -> list[MeasuredPage]:  # type: ignore[override]
+        """What the fake measured for the VM, in order."""
+        guest = self._guest_of.get(vm_fd)
+        return [
+            MeasuredPage(kind, gpa, bytes.fromhex(contents), bytes.fromhex(digest))
+            for number, kind, gpa, contents, digest in self._measured()
+            if number == guest
+        ]
+
+    def order(self, faults: Sequence[str]) -> None:
+        """Replace the ordered failures (grammar of kvmlaunch.sim.faults) and their counters."""
+        self._write("orders", "".join(f"{fault}\n" for fault in faults) or "\n")
+
+    def begin(self, orders: Sequence[str]) -> None:
+        self._write("measured", "reset\n")
+        self.order(orders)
+
+    def end(self) -> dict[str, Any]:
+        numbers = sorted({number for number, *_ in self._measured()})
+        guests: dict[int, list[Any]] = {number: [] for number in numbers}
+        for number, kind, gpa, contents, digest in self._measured():
+            guests[number].append([kind, f"{gpa:x}", contents, digest])
+        return {"guests": list(guests.values()), "vmsas": self._vmsas(), "log": self.log()}
+
+    def log(self) -> list[list[Any]]:
+        """[command, status] of each firmware command since the last reset."""
+        lines = (line.split() for line in self._read("log").splitlines())
+        return [[name, int(status, 0)] for name, status in lines]
+
+    def _vcpu_ids(self) -> int:
+        kvm = self.open("/dev/kvm", os.O_RDWR).ret
+        answer = self.ioctl(kvm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_MAX_VCPU_ID).ret
+        self.close(kvm)
+        return answer
+
+    def _vmsas(self) -> list[dict[str, str]]:
+        pages = (self._debugfs / "vmsa").read_bytes()
+        return [sparse(pages[at : at + _PAGE]) for at in range(0, len(pages), _PAGE)]
+
+    def _measured(self) -> list[tuple[int, int, int, str, str]]:
+        lines = (line.split() for line in self._read("measured").splitlines())
+        return [(int(n), int(kind), int(gpa, 16), c, d) for n, kind, gpa, c, d in lines]
+
+    def _contexts(self) -> int:
+        return sum(name == "SNP_GCTX_CREATE" for name, _ in self.log())
+
+    def _read(self, name: str) -> str:
+        return (self._debugfs / name).read_text()
+
+    def _write(self, name: str, text: str) -> None:
+        (self._debugfs / name).write_text(text)
+
+
+def _phys_bits() -> int:
+    found = re.search(r"(\d+) bits physical", Path("/proc/cpuinfo").read_text())
+    return int(found[1]) if found else 48

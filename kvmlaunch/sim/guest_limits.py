@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["NOTHING_KNOWN", "GuestLimits", "limits"]
+__all__ = ["NOTHING_KNOWN", "GuestLimits", "canonical", "limits"]
 
 _Feature = tuple[int, int, str, int]
 
@@ -45,23 +45,34 @@ _CR4_ALWAYS = 0x7FF  # VME to OSXMMEXCPT
 _EFER_ALWAYS = 1 << 0 | 1 << 13  # SCE, LMSLE
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 _X2APIC: _Feature = (0x1, 0, "ecx", 21)
+_XSAVES: _Feature = (0xD, 1, "eax", 3)
 
 
 @dataclass(frozen=True)
 class GuestLimits:
     """Bits that a table forbids: ``cr4``, and ``efer`` (``efer_features``: for want of a feature).
 
-    ``x2apic`` is whether the table has that, ``amd`` whether its vendor is AMD or Hygon.
+    ``x2apic``, ``xsaves`` and ``la57`` are whether the table has these, ``amd`` whether its
+    vendor is AMD or Hygon.
     """
 
     cr4: int
     efer: int
     efer_features: int
     x2apic: bool
+    xsaves: bool
+    la57: bool
     amd: bool
 
+    @property
+    def virtual_bits(self) -> int:
+        """Width of a linear address."""
+        return 57 if self.la57 else 48
 
-NOTHING_KNOWN = GuestLimits(0, 0, sum(1 << bit for bit in _EFER_FEATURES), False, False)
+
+NOTHING_KNOWN = GuestLimits(
+    0, 0, sum(1 << bit for bit in _EFER_FEATURES), x2apic=False, xsaves=False, la57=False, amd=False
+)
 """A vCPU before KVM_SET_CPUID2: CR4 isn't limited yet, features there are none."""
 
 
@@ -81,8 +92,16 @@ def limits(entry: Callable[[int, int], Any]) -> GuestLimits:
         every & ~(_EFER_ALWAYS | efer),
         NOTHING_KNOWN.efer_features & ~efer,
         has(_X2APIC),
+        has(_XSAVES),
+        has(_CR4_FEATURES[12]),
         _vendor(entry(0, 0)) in _AMD_VENDORS,
     )
+
+
+def canonical(address: int, bits: int) -> int:
+    """The address with its highest implemented bit repeated above."""
+    low = address & (1 << bits) - 1
+    return low | (1 << 64) - (1 << bits) if low >> bits - 1 else low
 
 
 def _vendor(leaf: Any) -> bytes:

@@ -100,14 +100,10 @@ class GuestMemfd(File):
         )
 
     def mark_shared(self, spa: int) -> None:
-        """Give a page back to the hypervisor, as kvm_gmem_invalidate() does."""
-        host = self.vm.host
-        if not host.rmp.lookup(spa).assigned:
-            return
-        if host.rmp.make_shared(spa):
-            # Firmware's page (launched but never run pages are not): reclaim it first.
-            host.psp.page_reclaim(spa)
-            host.rmp.make_shared(spa)
+        """sev_gmem_invalidate(): a page that the RMP won't give back stays as it is."""
+        rmp = self.vm.host.rmp
+        if rmp.lookup(spa).assigned:
+            rmp.make_shared(spa)
 
     def _punch(self, first: int, end: int) -> None:
         pages = [index for index in self.present if first <= index < end]

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
-__all__ = ["FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "VMCB", "transfer"]
+__all__ = ["ADDRESSES", "FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "VMCB", "transfer"]
 
 _MAX_BATCH = 256
 _ENTRY = ffi.sizeof("struct kvm_msr_entry")
@@ -55,7 +55,13 @@ PLAIN: Mapping[int, int] = MappingProxyType(
 """MSR -> reset value, kept by KVM and never in the VMSA."""
 
 PASSED_THROUGH = frozenset({*VMCB, EFER, XSS, FS_BASE, GS_BASE})
-"""MSRs that a running SNP guest owns: after encryption a batch stops at them."""
+"""MSRs that a running SNP guest owns: after encryption a batch stops at them.
+
+The guest's CPUID decides for XSS and SYSENTER_ESP/EIP (VcpuState.passes_through()).
+"""
+
+ADDRESSES = frozenset({FS_BASE, GS_BASE, 0xC0000102, 0xC0000083, 0xC0000082})
+"""MSRs that refuse an address that isn't canonical (__kvm_set_msr())."""
 
 SAVED = tuple(sorted({*VMCB, *PLAIN, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE}))
 """KVM_GET_MSR_INDEX_LIST."""

@@ -121,7 +121,9 @@ def _take_sregs(vcpu: Vcpu, sregs: Any) -> None:
     for name in ("gdt", "idt"):
         table = getattr(sregs, name)
         state.vmcb.set_table(name, table.limit, table.base)
-    state.cr2, state.cr8 = sregs.cr2, sregs.cr8 & 0xF
+    state.cr2 = sregs.cr2
+    if not sregs.cr8 & ~0xF:  # kvm_set_cr8() refuses, and nobody looks
+        state.cr8 = sregs.cr8
     state.set_cr3(sregs.cr3)
     state.set_efer(sregs.efer)
     state.clear_cd_nw = not vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED
@@ -186,7 +188,7 @@ def _set_guest_debug(vcpu: Vcpu, arg: int) -> int:
 
 def _get_msrs(vcpu: Vcpu, arg: int) -> int:
     def read(index: int) -> int | None:
-        if vcpu.protected and index in msrs.PASSED_THROUGH:
+        if vcpu.protected and vcpu.state.passes_through(index):
             return None
         return vcpu.state.get_msr(index)
 
@@ -195,7 +197,7 @@ def _get_msrs(vcpu: Vcpu, arg: int) -> int:
 
 def _set_msrs(vcpu: Vcpu, arg: int) -> int:
     def write(index: int, value: int) -> bool:
-        if vcpu.protected and index in msrs.PASSED_THROUGH:
+        if vcpu.protected and vcpu.state.passes_through(index):
             return False
         return vcpu.state.set_msr(index, value)
 

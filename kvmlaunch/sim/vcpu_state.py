@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvmlaunch.sim import msrs
 from kvmlaunch.sim.fpu import FpuState
-from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits
+from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits, canonical
 from kvmlaunch.sim.vmcb import Vmcb
 
 __all__ = ["GENERAL", "VcpuState"]
@@ -186,17 +186,30 @@ class VcpuState:
             self.vmcb.set_base("fs" if index == msrs.FS_BASE else "gs", value)
         elif index in self._sysenter_high:
             # AMD's registers have 32 bits; KVM keeps the rest for guests that aren't AMD's.
+            value = canonical(value, self._host.virtual_bits)
             self.vmcb[msrs.VMCB[index]] = value & 0xFFFFFFFF
             self._sysenter_high[index] = 0 if self.guest.amd else value >> 32
         elif index in msrs.VMCB:
             self.vmcb[msrs.VMCB[index]] = value
         elif index in msrs.PLAIN:
-            self.msrs[index] = value
+            self.msrs[index] = value & 0xFFFFFFFF if index == msrs.TSC_AUX else value
         else:
             return False
         return True
 
+    def passes_through(self, index: int) -> bool:
+        """Whether an SNP guest has this MSR for itself (svm.c, sev.c: set_msr_interception())."""
+        if index in self._sysenter_high:
+            return self.guest.amd
+        if index == msrs.XSS:
+            return self.guest.xsaves
+        return index in msrs.PASSED_THROUGH
+
     def _msr_value_valid(self, index: int, value: int) -> bool:
+        if index in msrs.ADDRESSES:
+            return canonical(value, self._host.virtual_bits) == value
+        if index == msrs.TSC_AUX:
+            return self.guest.amd or not value >> 32
         if index == msrs.EFER:
             return not value & self._host.efer
         if index == msrs.PAT:

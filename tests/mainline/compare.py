@@ -26,7 +26,7 @@ def difference(
     if not found:
         return None
     literal = pprint.pformat((script, tuple(orders)), width=100, sort_dicts=False)
-    return f"{found}\n\nthe script, to be kept in found.py:\n{literal}"
+    return f"{found}\n\nthe script, to be kept in kept/found.py:\n{literal}"
 
 
 def _first(script: Script, kernel: dict[str, Any], simulated: dict[str, Any]) -> str:

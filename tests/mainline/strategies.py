@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.mainline.cases import Case
+from tests.mainline.kept import Case
 from tests.mainline.script import (
     ARENA_PAGES,
     GPA,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.mainline.cases import CASES
+from tests.mainline.kept import CASES
 from tests.mainline.script import finish, launch, update
 from tests.mainline.simulated import play_simulated
 

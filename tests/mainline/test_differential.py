@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
-from tests.mainline.cases import CASES, Case
 from tests.mainline.compare import difference
+from tests.mainline.kept import CASES, Case
 from tests.mainline.script import Script
 from tests.mainline.simulated import play_simulated
 from tests.mainline.strategies import cases

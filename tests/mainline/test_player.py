@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import Result, lib
-from tests.mainline.cases import CASES
 from tests.mainline.compare import difference
+from tests.mainline.kept import CASES
 from tests.mainline.player import Player
 from tests.mainline.script import (
     GPA,
@@ -191,7 +191,7 @@ def test_difference_is_found_when_an_errno_is_wrong():
     assert "EPERM" in found
     assert "EINVAL" in found
     # The literal can be pasted.
-    literal = found.partition("found.py:\n")[2]
+    literal = found.partition("kept/found.py:\n")[2]
     assert eval(literal) == (script, ())
 
 

@@ -180,6 +180,19 @@ def test_second_reclaim_failure_kills_the_second_vm_only():
         assert second.ioctl(second.vm, lib.KVM_ENABLE_CAP, probe) == (-1, errno.EIO)
 
 
+def test_page_that_could_not_be_reclaimed_is_not_asked_for_again():
+    # sev_gmem_invalidate() only tries RMPUPDATE; firmware isn't asked.
+    faults = ["SNP_LAUNCH_UPDATE:fw=0x1a", "SNP_PAGE_RECLAIM:fail"]
+    with simulated(faults=faults) as platform:
+        guest = launched(platform)
+        guest.update_pages()
+        issued = []
+        status = platform._host.psp.status
+        platform._host.psp.status = lambda name, call: issued.append(name) or status(name, call)
+        platform.close(guest.gmem)
+        assert issued == []
+
+
 def test_faults_object_may_be_given_instead_of_texts():
     faults = Faults.parse(["KVM_GET_API_VERSION:errno=EIO"])
     with simulated(faults=faults) as platform:

@@ -168,6 +168,14 @@ def test_cr4_bits_follow_cpuid(machine, bit, before, after, with_feature):
         assert machine.call("KVM_SET_SREGS", sregs) == OK
 
 
+def test_cr8_that_is_too_big_is_ignored(machine):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+    for cr8, kept in ((5, 5), (0x17, 5), (1 << 63, 5), (0xF, 0xF)):
+        sregs.cr8 = cr8
+        machine.ok(machine.call("KVM_SET_SREGS", sregs))
+        assert machine.get(machine.vcpu, lib.KVM_GET_SREGS).cr8 == kept
+
+
 def test_x2apic_base_needs_cpuid(machine):
     sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
     sregs.apic_base = 0xFEE00D00
@@ -331,6 +339,70 @@ def test_sysenter_msrs_keep_the_upper_half_for_intel_only(machine, index, vendor
     assert machine.call("KVM_GET_MSRS", header) == (1, 0)
     assert header.entries[0].data == high << 32 | 7
     del keep
+
+
+# __kvm_set_msr(): addresses must be canonical (48 bits on Milan, 57 on Genoa); SYSENTER's are made
+# so instead, and TSC_AUX has 32 bits, which only guests of another vendor are told.
+@pytest.mark.parametrize("index", [0xC0000082, 0xC0000083, 0xC0000100, 0xC0000101, 0xC0000102])
+@pytest.mark.parametrize(
+    ("product", "value", "done"),
+    [
+        ("Milan", 0x7FFFFFFFFFFF, 1),
+        ("Milan", 0x800000000000, 0),
+        ("Milan", 0xFFFF800000000000, 1),
+        ("Genoa", 0x800000000000, 1),
+        ("Genoa", 1 << 56, 0),
+    ],
+)
+def test_address_msr_must_be_canonical(index, product, value, done):
+    with simulated(product=product) as platform:
+        machine = Machine(platform)
+        keep, header = msrs((index, value))
+        assert machine.call("KVM_SET_MSRS", header) == (done, 0)
+        del keep
+
+
+def test_sysenter_address_is_made_canonical(machine):
+    keep, header = msrs((0x175, 1 << 47 | 5))
+    assert machine.call("KVM_SET_MSRS", header) == (1, 0)
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == 0xFFFF800000000005
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("vendor", "done"), [((0, 0, 0), 0), ((0x68747541, 0x444D4163, 0x69746E65), 1)]
+)
+def test_tsc_aux_has_32_bits(machine, vendor, done):
+    machine.ok(machine.set_cpuid((0, 0, 0, 0, *vendor)))
+    keep, header = msrs((TSC_AUX, 1 << 32 | 7))
+    assert machine.call("KVM_SET_MSRS", header) == (done, 0)
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == (7 if done else 0)
+    del keep
+
+
+# set_msr_interception(): the guest has SYSENTER_ESP/EIP only if its vendor is AMD, XSS only if
+# its CPUID has XSAVES (leaf 0xD, index 1, EAX bit 3).
+@pytest.mark.parametrize(
+    ("index", "leaf", "done"),
+    [
+        (0x176, (0, 0, 0, 0, 0, 0, 0), 1),
+        (0x176, (0, 0, 0, 0, 0x68747541, 0x444D4163, 0x69746E65), 0),
+        (0xDA0, (0xD, 1, 1, 0, 0, 0, 0), 1),
+        (0xDA0, (0xD, 1, 1, 8, 0, 0, 0), 0),
+    ],
+)
+def test_msr_after_encryption_is_readable_when_it_is_intercepted(index, leaf, done):
+    with simulated() as platform:
+        guest = launched(platform)
+        machine = Machine.__new__(Machine)
+        machine.platform, machine.vcpu = platform, guest.vcpus[0]
+        machine.ok(machine.set_cpuid(leaf))
+        guest.ok(guest.finish()[0])
+        keep, header = msrs((index, 7))
+        assert machine.call("KVM_GET_MSRS", header) == (done, 0)
+        del keep
 
 
 # CPUID2

@@ -51,9 +51,11 @@ def entry() -> dict[str, Script]:
             *(ioctl("vm", "KVM_MEMORY_ENCRYPT_UNREG_REGION", {"addr": "arena", "size": PAGE}),),
         ],
     }
-    for name, address in ADDRESSES.items():
-        out[f"encrypt op {name}"] = [*BARE, ioctl("vm", "KVM_MEMORY_ENCRYPT_OP", address)]
-        out[f"encrypt op at {name}"] = [*BARE, {**init2(), "at": address}, init2()]
+    nowhere = [address for address in ADDRESSES.values() if address]
+    out["encrypt op nowhere"] = [
+        *(*BARE, *({**init2(), "at": address} for address in nowhere), init2()),
+        *(ioctl("vm", "KVM_MEMORY_ENCRYPT_OP", address) for address in nowhere),
+    ]
     others = [n for n in (*range(27), 99, 103, 104, 105, 1 << 31) if n != lib.KVM_SEV_INIT2]
     commands = [sev("vm", command, error=7) for command in others]
     out["command before INIT2"] = [*BARE, *commands]
@@ -80,8 +82,8 @@ def init2_cases() -> dict[str, Script]:
     for version in (1, 2):
         refused = [init2(ghcb_version=n) for n in (3, 0xFFFF)]
         out[f"INIT2 ghcb version {version}"] = [*BARE, *refused, init2(ghcb_version=version)]
-    for name, address in ADDRESSES.items():
-        out[f"INIT2 data {name}"] = [*BARE, sev("vm", "KVM_SEV_INIT2", address), init2()]
+    data = [sev("vm", "KVM_SEV_INIT2", address) for address in ADDRESSES.values()]
+    out["INIT2 data nowhere"] = [*BARE, *data, init2()]
     return out
 
 
@@ -108,15 +110,11 @@ def start_cases() -> dict[str, Script]:
     known = (*range(16), 19)
     refused = [0x30000 ^ 1 << bit for bit in range(64) if bit not in known]
     out["START policies"] = [*READY, *(start(policy=policy) for policy in (0, *refused)), start()]
-    for policy in (0x30001, 0x30037, 0x30038, 0x30100, 0x30137, 0x30138, 0x30200, 0x3FFFF, 0xB0000):
+    for policy in (0x30037, 0x30137, 0x30138, 0x30200, 0x3FFFF, 0xB0000):
         out[f"START policy {policy:#x}"] = [*READY, start(policy=policy), start()]
     out["START flags"] = [*READY, *(start(flags=1 << bit) for bit in range(16)), start()]
-    for name, fd in BAD_FDS.items():
-        out[f"START sev_fd {name}"] = [*READY, gmem(), {**start(sev_fd=fd), "error": 9}, start()]
-    for name, address in ADDRESSES.items():
-        out[f"START data {name}"] = [
-            *READY,
-            sev("vm", "KVM_SEV_SNP_LAUNCH_START", address),
-            start(),
-        ]
+    bad = [{**start(sev_fd=fd), "error": 9} for fd in BAD_FDS.values()]
+    out["START sev_fd wrong"] = [*READY, gmem(), *bad, start()]
+    data = [sev("vm", "KVM_SEV_SNP_LAUNCH_START", address) for address in ADDRESSES.values()]
+    out["START data nowhere"] = [*READY, *data, start()]
     return out

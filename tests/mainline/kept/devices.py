@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mainline.kept.common import (
-    HOST,
-)
+from tests.mainline.kept.common import HOST, TOP
 from tests.mainline.script import (
     PAGE,
     Script,
@@ -54,8 +52,7 @@ def devices() -> dict[str, Script]:
         ],
         "sev outlives nothing": [open_sev(), close("sev"), ioctl("sev", "SEV_ISSUE_CMD", 0)],
     }
-    for vm_type in (1, 5, 31, 32, 1 << 32):
-        out[f"vm type {vm_type}"] = [open_kvm(), vm(vm_type=vm_type)]
+    out["vm types"] = [open_kvm(), *(vm(vm_type=n) for n in (1, 5, 31, 32, 1 << 32, TOP - 1))]
     for request in (0xAE00, 0xAE41, 0xAE80, 0xAEFF, 0x1234):
         fds = ("kvm", "vcpu0", "gmem") if request == 0xAE41 else ("kvm", "vm", "gmem")
         out[f"unknown request {request:#x}"] = [

@@ -114,14 +114,14 @@ def update_cases() -> dict[str, Script]:
     out["UPDATE length too long"] = launch(update(len=TOP - PAGE), finish())
     out["UPDATE gfn"] = launch(*(update(gfn_start=gfn) for gfn in (0, 1 << 52, TOP - 1)))
     out["UPDATE flags"] = launch(*(update(flags=1 << bit) for bit in range(16)), update())
-    for name, address in ADDRESSES.items():
-        data = sev("vm", "KVM_SEV_SNP_LAUNCH_UPDATE", address)
-        out[f"UPDATE data {name}"] = launch(data, update())
-        out[f"UPDATE source {name}"] = launch(
-            {**update(uaddr=address), "error": 3}, update(1, type=3, uaddr=address), update()
-        )
-    for name, fd in BAD_FDS.items():
-        out[f"UPDATE sev_fd {name}"] = launch({**update(sev_fd=fd), "error": 9}, update(), finish())
+    data = [sev("vm", "KVM_SEV_SNP_LAUNCH_UPDATE", address) for address in ADDRESSES.values()]
+    out["UPDATE data nowhere"] = launch(*data, update())
+    sources = [{**update(uaddr=address), "error": 3} for address in ADDRESSES.values()]
+    out["UPDATE source nowhere"] = launch(*sources, update())
+    zeros = [update(page, type=3, uaddr=address) for page, address in enumerate(ADDRESSES.values())]
+    out["UPDATE source nowhere, but zero"] = launch(*zeros, finish())
+    bad = [{**update(sev_fd=fd), "error": 9} for fd in BAD_FDS.values()]
+    out["UPDATE sev_fd wrong"] = launch(*bad, update(), finish())
     return out
 
 
@@ -183,14 +183,17 @@ def finish_cases() -> dict[str, Script]:
         ),
     }
     out["FINISH flags"] = launch(*(finish(flags=1 << bit) for bit in range(16)), finish())
-    for name, address in ADDRESSES.items():
-        data = sev("vm", "KVM_SEV_SNP_LAUNCH_FINISH", address)
-        out[f"FINISH data {name}"] = launch(data, finish())
-        out[f"FINISH block {name}"] = launch(
-            finish(**{**block, "id_block_uaddr": address}), finish()
-        )
-        out[f"FINISH auth {name}"] = launch(finish(**{**block, "id_auth_uaddr": address}), vcpus=0)
+    data = [sev("vm", "KVM_SEV_SNP_LAUNCH_FINISH", address) for address in ADDRESSES.values()]
+    out["FINISH data nowhere"] = launch(*data, finish())
+    # Without a vCPU a FINISH that failed can be tried again.
+    blocks = [finish(**{**block, "id_block_uaddr": address}) for address in ADDRESSES.values()]
+    auths = [finish(**{**block, "id_auth_uaddr": address}) for address in ADDRESSES.values()]
+    out["FINISH block nowhere"] = launch(*blocks, *auths, finish(), vcpus=0)
+    for name in ("guard", "kernel"):
+        nowhere = {**block, "id_block_uaddr": ADDRESSES[name]}
+        out[f"FINISH block {name}"] = launch(finish(**nowhere), finish())
+    bad = [{**finish(sev_fd=fd), "error": 9} for fd in BAD_FDS.values()]
+    out["FINISH sev_fd wrong"] = launch(*bad, finish())
     for name, fd in BAD_FDS.items():
-        out[f"FINISH sev_fd {name}"] = launch({**finish(sev_fd=fd), "error": 9}, finish())
         out[f"FINISH sev_fd {name}, no vcpus"] = launch({**finish(sev_fd=fd), "error": 9}, vcpus=0)
     return out

@@ -12,8 +12,6 @@ from tests.mainline.script import Script
 
 __all__ = ["difference"]
 
-_VMSA = 2
-
 
 def difference(
     script: Script, orders: Sequence[str], kernel: dict[str, Any], simulated: dict[str, Any]
@@ -38,8 +36,19 @@ def _first(script: Script, kernel: dict[str, Any], simulated: dict[str, Any]) ->
         if key in kernel and key in simulated and kernel[key] != simulated[key]:
             if key == "guests" and kernel.get("vmsas") != simulated.get("vmsas"):
                 continue  # the page says more than its hash
-            return f"{key}:\n" + _sides(*_apart(kernel[key], simulated[key]))
+            theirs, ours = kernel[key], simulated[key]
+            if key == "vmsas":
+                theirs, ours = [_words(page) for page in theirs], [_words(page) for page in ours]
+            return f"{key}:\n" + _sides(*_apart(theirs, ours))
     return ""
+
+
+def _words(page: str) -> dict[str, str]:
+    """The 8-byte words of a page that aren't zero, by offset."""
+    data = bytes.fromhex(page)
+    starts = range(0, len(data), 8)
+    words = {at: int.from_bytes(data[at : at + 8], "little") for at in starts}
+    return {f"{at:#05x}": f"{word:#x}" for at, word in words.items() if word}
 
 
 def _apart(theirs: Any, ours: Any) -> tuple[Any, Any]:

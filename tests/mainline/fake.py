@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from kvmlaunch.uapi import MeasuredPage, RealPlatform, Result, ffi, lib, peek
-from tests.mainline.simulated import sparse
 
 __all__ = ["DEBUGFS", "FakeHost"]
 
@@ -76,9 +75,10 @@ class FakeHost(RealPlatform):
         self.close(kvm)
         return answer
 
-    def _vmsas(self) -> list[dict[str, str]]:
+    def _vmsas(self) -> list[str]:
         pages = self._read("vmsa")
-        return [sparse(pages[at : at + _PAGE]) for at in range(0, len(pages), _PAGE)]
+        starts = range(0, len(pages), _PAGE)
+        return [pages[at : at + _PAGE].rstrip(b"\0").hex() for at in starts]
 
     def _measured(self) -> list[tuple[int, int, int, str, str]]:
         lines = (line.split() for line in self._read("measured").decode().splitlines())

@@ -81,7 +81,7 @@ def _changed(
 def _fill(
     out: bytearray, base: int, layout: _Layout, prefix: str, content: Any, resolve: Resolve
 ) -> None:
-    if isinstance(content, Mapping):
+    if isinstance(content, dict):
         for name, value in content.items():
             _fill(out, base, layout, f"{prefix}.{name}" if prefix else name, value, resolve)
     elif isinstance(content, list):

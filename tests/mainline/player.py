@@ -62,8 +62,11 @@ class Host(Protocol):
         """Forget what was, and take orders for failures (kvmlaunch.sim.faults)."""
 
     def end(self) -> Outcome:
-        """What firmware did since: ``guests`` (pages as [type, GPA, contents, digest]),
-        ``vmsas``, ``log``; a key is missing where the host can't tell."""
+        """What firmware did since; a key is missing where the host can't tell.
+
+        ``guests`` are pages as [type, GPA, contents, digest], ``vmsas`` the newest guest's in hex
+        without the zeros at the end, ``log`` is [command, status].
+        """
 
 
 def play(script: Script, platform: Any, host: Host, orders: Sequence[str] = ()) -> Outcome:
@@ -254,7 +257,7 @@ class _Scene:
         with self._placed(sent, step.get("at")) as (address, received):
             result = self._platform.ioctl(fd, lib.KVM_MEMORY_ENCRYPT_OP, address)
             changes = decode_changes("kvm_sev_cmd", sent, received())
-        word = changes.pop("error", step.get("error", 0))
+        word = changes.pop("error", fields["error"])
         return {**self._outcome(step, result), "fw": word, **_if("command", changes)}
 
     def do_fallocate(self, step: Step) -> Outcome:

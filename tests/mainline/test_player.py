@@ -83,7 +83,7 @@ def test_launch_is_noted_with_pages_and_words():
     ]
     assert len(outcome["vmsas"]) == 1
     # RIP of a vCPU at reset (APM 2, VMSA offset 0x178).
-    assert outcome["vmsas"][0]["0x178"] == "0xfff0"
+    assert bytes.fromhex(outcome["vmsas"][0])[0x178:0x180] == b"\xf0\xff" + bytes(6)
     names = [name for name, _ in outcome["log"]]
     assert names[:4] == ["SNP_GCTX_CREATE", "SNP_LAUNCH_START", "SNP_ACTIVATE", "SNP_LAUNCH_UPDATE"]
     assert outcome["memory"] == {}

@@ -162,7 +162,8 @@ STATES: dict[str, dict[str, Any]] = {
         "kernel_gs_base": 0xFFFF_8000_0000_3000,
     },
     "sysenter-msrs": {"sysenter_cs": 0x10, "sysenter_esp": 0x8000, "sysenter_eip": 0x9000},
-    "debugctl": {"dbgctl": 2},
+    "sysenter-high": {"sysenter_esp": 0x5_0000_8000, "sysenter_eip": 0x7FFF_0000_9000},
+    "debugctl": {"dbgctl": 0x3F},
     "x87": {
         "x87_fcw": 0x27F,
         "x87_fsw": 0x3800,

@@ -13,7 +13,7 @@ from tests.mainline.script import finish, init2, ioctl, launch, run
 from tests.mainline.simulated import play_simulated
 from tests.mainline.strategies import cases, playable
 
-_COUNT = 200
+_COUNT = 300
 
 
 def drawn(number: int, count: int) -> list[Case]:
@@ -86,7 +86,6 @@ def test_scripts_meet_many_refusals(played):
         "KVM_CREATE_VCPU",
         "KVM_SET_SREGS",
         "fallocate",
-        "close",
     }
 
 
@@ -94,7 +93,7 @@ def test_firmware_orders_are_met(played):
     words = {
         step["fw"] for case, out in played if case.orders for step in out["steps"] if "fw" in step
     }
-    assert len(words) >= 5
+    assert len(words) >= 4
 
 
 def test_xsave_state_isnt_looked_at_when_the_vcpu_ran():

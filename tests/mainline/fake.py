@@ -85,7 +85,7 @@ class FakeHost(RealPlatform):
         return [(int(n), int(kind), int(gpa, 16), c, d) for n, kind, gpa, c, d in lines]
 
     def _contexts(self) -> int:
-        return sum(name == "SNP_GCTX_CREATE" for name, _ in self.log())
+        return sum(call == ["SNP_GCTX_CREATE", 0] for call in self.log())
 
     # Without Python's own layers: in emulation they cost more than the call.
 

@@ -102,7 +102,10 @@ def _fill(
 
 @functools.cache
 def _layout(ctype: str) -> _Layout:
-    kind = ffi.typeof(ctype)
+    try:
+        kind = ffi.typeof(ctype)
+    except ffi.error:
+        raise KeyError(ctype) from None
     leaves: list[_Leaf] = []
     entry = None
     for name, field in kind.fields or ():

@@ -173,7 +173,13 @@ _nonsense = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(between=st.lists(_nonsense | _json, max_size=4))
 def test_player_answers_when_script_is_nonsense(between):
     outcome = play_simulated([*launch(), *between, update(), finish()])

@@ -109,6 +109,7 @@ static void fake_log_reset(void)
 	INIT_LIST_HEAD(&fake_logged);
 
 	fake_log_free_vmsas();
+	fake_guests_created = 0;
 }
 
 static void *fake_seq_start(struct seq_file *m, loff_t *pos)

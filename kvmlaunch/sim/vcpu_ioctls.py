@@ -390,10 +390,14 @@ def _pre_fault_page(vcpu: Vcpu, gfn: int) -> int:
     vm = vcpu.vm
     if not vm.pre_fault_allowed:
         return errno.EOPNOTSUPP
-    slot = vm.slots.find(gfn)
+    slot, private = vm.slots.find(gfn), vm.attributes.is_private(gfn)
     if slot is None:
-        return errno.ENOENT
-    if not vm.attributes.is_private(gfn):
+        return errno.EFAULT if private else errno.ENOENT  # kvm_handle_noslot_fault()
+    if not private:
+        try:
+            vm.host.user.read(slot.hva + (gfn - slot.base_gfn) * PAGE_SIZE, 1)
+        except OSError:
+            return errno.EFAULT
         return 0
     if slot.gmem is None:
         return errno.EFAULT

@@ -200,10 +200,8 @@ class _Scene:
         """Do one step; a step that makes no sense is an outcome, too."""
         try:
             return _OPERATIONS[step["op"]](self, step)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
-            return {"bad step": f"{type(e).__name__}: {e}"}
-        except OSError as error:
-            return {"bad step": errno.errorcode.get(error.errno or 0, "OSError")}
+        except Exception as error:
+            return {"bad step": f"{type(error).__name__}: {error}"}
 
     def close(self) -> None:
         for address in reversed(self._mapped):

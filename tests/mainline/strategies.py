@@ -238,7 +238,8 @@ def _irqchips(draw: Draw, names: _Names) -> Step:
 def _capabilities(draw: Draw, names: _Names) -> Step:
     """KVM_ENABLE_CAP; the quirk of CR0.CD and NW shows in the VMSA."""
     name = draw(st.sampled_from(["DISABLE_QUIRKS2", "EXIT_HYPERCALL", "MAX_VCPU_ID", "VM_TYPES"]))
-    value = draw(st.sampled_from([0, 1, 2, 3, 1 << 12, 1 << 40]))
+    values = [0, 1, 2, 3, 1 << 40, *(["ids", "ids+1"] if name == "MAX_VCPU_ID" else [1 << 12])]
+    value = draw(st.sampled_from(values))
     fields = {"cap": getattr(lib, f"KVM_CAP_{name}"), "args": [value]}
     return ioctl(names.vm, "KVM_ENABLE_CAP", {**fields, "flags": rarely(draw, 0, st.just(1))})
 

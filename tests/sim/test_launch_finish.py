@@ -271,6 +271,23 @@ def test_memory_ioctls_after_finish_are_allowed(guest):
     assert guest.set_region(memory_size=0) == OK
 
 
+# kvm_handle_noslot_fault(): a private frame is a memory fault, a shared one would be MMIO.
+@pytest.mark.parametrize(("private", "code"), [(True, errno.EFAULT), (False, errno.ENOENT)])
+def test_pre_fault_without_a_slot(guest, private, code):
+    guest.ok(guest.finish()[0])
+    guest.ok(guest.set_attributes(0x900000, PAGE, 8 if private else 0))
+    args = struct("kvm_pre_fault_memory", gpa=0x900000, size=PAGE)
+    assert guest.ioctl(guest.vcpus[0], lib.KVM_PRE_FAULT_MEMORY, args) == (-1, code)
+
+
+def test_pre_fault_of_shared_memory_that_is_not_there_is_efault(guest):
+    guest.ok(guest.finish()[0])
+    place = {"guest_phys_addr": 0x900000, "memory_size": PAGE, "userspace_addr": 0}
+    guest.ok(guest.set_region(slot=7, **place))
+    args = struct("kvm_pre_fault_memory", gpa=0x900000, size=PAGE)
+    assert guest.ioctl(guest.vcpus[0], lib.KVM_PRE_FAULT_MEMORY, args) == (-1, errno.EFAULT)
+
+
 def test_pre_fault_is_eopnotsupp_before_and_allowed_after_finish(guest):
     args = struct("kvm_pre_fault_memory", gpa=guest.GPA, size=2 * PAGE)
     vcpu = guest.vcpus[0]

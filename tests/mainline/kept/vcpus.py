@@ -11,7 +11,9 @@ from tests.mainline.script import (
     GPA,
     PAGE,
     Script,
+    Step,
     attributes,
+    close,
     finish,
     gmem,
     ioctl,
@@ -37,6 +39,10 @@ _SET = {
     "VCPU_EVENTS": {},
     "LAPIC": {},
 }
+
+
+def _pre_fault(gpa: int, size: int) -> Step:
+    return ioctl("vcpu0", "KVM_PRE_FAULT_MEMORY", {"gpa": gpa, "size": size})
 
 
 def vcpus() -> dict[str, Script]:
@@ -73,6 +79,17 @@ def vcpus() -> dict[str, Script]:
         "irqchip late": [*ready, ioctl("vm", "KVM_CREATE_IRQCHIP")],
         "pre-fault before FINISH": launch(
             ioctl("vcpu0", "KVM_PRE_FAULT_MEMORY", {"gpa": GPA, "size": PAGE})
+        ),
+        "pre-fault after FINISH": launch(
+            *(
+                finish(),
+                attributes(size=2 * PAGE),
+                attributes(address=GPA + PAGE, attributes=0, size=PAGE),
+            ),
+            *(_pre_fault(GPA, 2 * PAGE), _pre_fault(GPA, 0), _pre_fault(GPA + 1, PAGE)),
+            *(_pre_fault(0, PAGE), slot(memory_size=0, flags=0), _pre_fault(GPA, PAGE)),
+            *(slot(userspace_addr="guard"), _pre_fault(GPA + PAGE, PAGE), close("gmem")),
+            _pre_fault(GPA, PAGE),
         ),
         "boot id": [
             *(*READY, ioctl("vm", "KVM_SET_BOOT_CPU_ID", 1), ioctl("vm", "KVM_CREATE_IRQCHIP")),

@@ -19,13 +19,18 @@ for source; do
         if [ ! -d "$work/runtime" ]; then
             mkdir "$work/runtime"
             for part in "$here"/runtime/*.[cS]; do
-                $CC $FLAGS -I"$here" -c -o "$work/runtime/$(basename "$part").o" "$part"
+                $CC $FLAGS -I"$here" -ffile-prefix-map="$here/"= \
+                    -c -o "$work/runtime/$(basename "$part").o" "$part"
             done
+            # A guest gets only those parts that it uses.
+            ar rcs "$work/runtime.a" "$work"/runtime/*.c.o
         fi
-        $CC $FLAGS -I"$here" -c -o "$work/guest.o" "$source"
+        # The paths of failed checks, and with them the guest, are the same in any folder.
+        $CC $FLAGS -I"$here" -ffile-prefix-map="$(dirname "$source")/"= -c -o "$work/guest.o" \
+            "$source"
         # -n: no page alignment in the file, so the headers are not part of the guest.
         ld -n -static -T "$here/runtime/guest.ld" -o "${source%.c}.elf" "$work/guest.o" \
-            "$work"/runtime/*.o
+            "$work/runtime/start.S.o" "$work/runtime.a"
         ;;
     *.s)
         as --64 -o "$work/guest.o" "$source"

@@ -6,8 +6,9 @@
 | any other                                 | 64-bit at the entry, see :mod:`~.boot64`  |
 
 A page that holds bytes of the file is launched as NORMAL (the rest of it is zero); a
-page that only ``p_memsz`` asks for is a ZERO page. Where zeroes of one segment meet
-file bytes of another, the file's bytes win. The file is data from strangers: program
+page that only ``p_memsz`` asks for is a ZERO page, unless a note asks for another type
+(:mod:`~.launchnote`). Where zeroes of one segment meet file bytes of another, the file's
+bytes win. The file is data from strangers: program
 headers are read one by one with pyelftools, never its higher-level objects, which
 follow more of the file's pointers than a loader needs.
 """
@@ -15,7 +16,8 @@ follow more of the file's pointers than a loader needs.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -24,9 +26,11 @@ from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.errors import ImageError
 from kvmlaunch.images.boot32 import boot32
 from kvmlaunch.images.boot64 import boot64
+from kvmlaunch.images.launchnote import SpecialPage, launch_notes
+from kvmlaunch.images.notes import NoteSegment, read_notes
 from kvmlaunch.images.options import PlanOptions, build_plan, outside_memory
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece
-from kvmlaunch.images.pvh import NoteSegment, pvh_entry
+from kvmlaunch.images.pvh import pvh_entry
 from kvmlaunch.images.source import ImageSource
 
 if TYPE_CHECKING:
@@ -88,8 +92,11 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
     except Exception as error:  # whatever pyelftools makes of hostile bytes
         raise source.fail(f"not a readable ELF file: {error or type(error).__name__}") from error
     _check_segments(source, headers.segments, memory)
-    ranges = list(_page_ranges(source, headers.segments))
-    pvh = pvh_entry(source, headers.notes) if options.entry is None else None
+    wanted = launch_notes(source, read_notes(source, headers.notes))
+    ranges = list(_page_ranges(source, headers.segments, wanted.pages))
+    pvh = None
+    if options.entry is None:
+        pvh = pvh_entry(source, read_notes(source, headers.notes))
     if pvh is not None:
         first, vmsa = boot32(_pvh_address(source, headers, *pvh), memory, ranges, options)
     else:
@@ -103,6 +110,7 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
         steps=(first, *ranges),
         vcpus=(vmsa,) * options.vcpus,
         paging=pvh is None,
+        apic=wanted.ap_creation and options.confidential,
     )
 
 
@@ -244,15 +252,37 @@ def _start_address(source: ImageSource, headers: _Headers, chosen: int | None) -
     )
 
 
-def _page_ranges(source: ImageSource, segments: list[_Segment]) -> Iterator[PageRange]:
-    """Ranges in ascending order: file contents, and what is left as zero pages."""
+def _page_ranges(
+    source: ImageSource, segments: list[_Segment], special: Sequence[SpecialPage]
+) -> Iterator[PageRange]:
+    """Ranges in ascending order: file contents, special pages, and what is left as zeroes."""
     filled = list(_filled_ranges(source, segments))
-    bare = _without(_merge((s.paddr, s.end) for s in segments), [(r.gpa, r.end) for r in filled])
+    touched = list(_merge((s.paddr, s.end) for s in segments))
+    bare = list(_without(touched, [(r.gpa, r.end) for r in filled]))
+    _check_special(source, bare, special)
+    named = [
+        PageRange(page.gpa, PAGE_SIZE, page.type, page.type.name.lower(), source.basename)
+        for page in special
+    ]
     zero = [
         PageRange(start, end - start, PageType.ZERO, "bss", f"{source.basename} bss")
-        for start, end in bare
+        for start, end in _without(bare, [(step.gpa, step.end) for step in named])
     ]
-    yield from sorted([*filled, *zero], key=lambda step: step.gpa)
+    yield from sorted([*filled, *named, *zero], key=lambda step: step.gpa)
+
+
+def _check_special(
+    source: ImageSource, bare: list[tuple[int, int]], special: Sequence[SpecialPage]
+) -> None:
+    starts = [start for start, _ in bare]
+    for page in special:
+        at = bisect_right(starts, page.gpa) - 1
+        if at < 0 or page.gpa >= bare[at][1]:
+            raise source.fail(
+                f"the {page.type.name} page {page.gpa:#x} of a kvmlaunch note is not in a "
+                "segment's memory behind the file's bytes",
+                offset=page.offset,
+            )
 
 
 def _filled_ranges(source: ImageSource, segments: list[_Segment]) -> Iterator[PageRange]:

@@ -6,9 +6,6 @@
  */
 #include "runtime.h"
 
-#define CODE32 0x08
-#define DATA 0x10
-#define CODE64 0x18
 #define VECTORS 32
 
 /* Tells a loader where to enter, and that it is a 32-bit entry (Xen: XEN_ELFNOTE_PHYS32_ENTRY). */
@@ -27,8 +24,9 @@ page_directories:
 	.skip	4 * 4096
 small_pages:
 	.skip	4096
-	.skip	8192
-stack_top:
+	.balign	CPU_SIZE
+boot_cpu:
+	.skip	CPU_SIZE
 idt32:	.skip	VECTORS * 8
 cpuid_answer:
 	.skip	16
@@ -40,6 +38,8 @@ taken:	.skip	4
 /* What the waiting vCPUs go by: 0 not known yet, 1 a plain VM, 2 an SNP guest. */
 machine:
 	.skip	4
+/* From cpus.c, where the guest has it: what plain vCPUs wait for, and their stacks. */
+	.weak	cpus_entry, cpus_areas, cpus_run
 
 	.section .rodata
 	.balign	8
@@ -60,7 +60,7 @@ idt32_pointer:
 start:	lock btsl $0, taken		/* all vCPUs start here, one goes on */
 	jc	wait
 	cld
-	mov	$stack_top, %esp
+	mov	$boot_cpu + CPU_SIZE, %esp
 	mov	%ebx, start_info
 	lgdt	gdt_pointer
 	ljmp	$CODE32, $1f
@@ -145,7 +145,10 @@ make_tables:
 	add	$4096, %eax
 	cmp	$SMALL_PAGES_END, %eax
 	jb	2b
+	mov	$boot64, %ebp
 
+/* To 64-bit mode with these tables, and on at ebp. */
+long_mode:
 	mov	%cr4, %eax
 	or	$1 << 5, %eax		/* PAE */
 	mov	%eax, %cr4
@@ -216,17 +219,37 @@ terminate:
 	call	vmgexit
 	jmp	terminate
 
-/* A vCPU that came too late: halted in a plain VM, held in reset in an SNP guest. No stack. */
+/*
+ * A vCPU that came too late. An SNP guest holds it in reset; in a plain VM it halts, unless the
+ * guest has cpus.c, for which it waits with a stack of its own. No stack until then.
+ */
 wait:	pause
 	cmpl	$1, machine
 	jb	wait
-	je	5b
-6:	mov	$MSR_GHCB, %ecx
+	ja	hold
+	mov	$cpus_entry, %eax
+	test	%eax, %eax
+	jz	5b
+7:	pause
+	cmpl	$0, cpus_entry
+	je	7b
+	mov	$1, %eax
+	cpuid
+	shr	$24, %ebx		/* its APIC id, the number of its stack */
+	cmp	$CPUS_MOST, %ebx
+	jae	5b
+	imul	$CPU_SIZE, %ebx, %esp
+	add	$cpus_areas + CPU_SIZE, %esp
+	lgdt	gdt_pointer
+	mov	$cpus_run, %ebp
+	jmp	long_mode
+
+hold:	mov	$MSR_GHCB, %ecx
 	mov	$GHCB_HOLD, %eax
 	xor	%edx, %edx
 	wrmsr
 	rep; vmmcall
-	jmp	6b
+	jmp	hold
 
 	.code64
 start64:
@@ -234,15 +257,18 @@ start64:
 	mov	%eax, %ds
 	mov	%eax, %es
 	mov	%eax, %ss
-	mov	$stack_top, %esp
-	call	exceptions_init
+	mov	%esp, %esp
+	mov	%ebp, %ebp
+	jmp	*%rbp
+
+boot64:	call	exceptions_init
 	cmpl	$0, c_bit
-	je	7f
+	je	8f
 	call	snp_init
-7:	call	guest_main
-8:	xor	%eax, %eax		/* it ended well */
+8:	call	guest_main
+9:	xor	%eax, %eax		/* it ended well */
 	out	%eax, $EXIT_PORT
-	jmp	8b
+	jmp	9b
 
 /* One stub per exception that nobody expects, 16 bytes apart. */
 	.globl	exception_stubs
@@ -258,31 +284,41 @@ exception_stubs:
 
 	.globl	vc_entry
 vc_entry:				/* the error code is on the stack; struct registers in vc.c */
-	push	%rax
-	push	%rcx
-	push	%rdx
-	push	%rbx
-	push	%rbp
-	push	%rsi
-	push	%rdi
-	push	%r8
-	push	%r9
-	push	%r10
+	push	%r15
+	push	%r14
+	push	%r13
+	push	%r12
 	push	%r11
+	push	%r10
+	push	%r9
+	push	%r8
+	push	%rdi
+	push	%rsi
+	push	%rbp
+	push	%rsp
+	push	%rbx
+	push	%rdx
+	push	%rcx
+	push	%rax
 	mov	%rsp, %rdi
 	cld
 	call	vc_handler
-	pop	%r11
-	pop	%r10
-	pop	%r9
-	pop	%r8
-	pop	%rdi
-	pop	%rsi
-	pop	%rbp
-	pop	%rbx
-	pop	%rdx
-	pop	%rcx
 	pop	%rax
+	pop	%rcx
+	pop	%rdx
+	pop	%rbx
+	add	$8, %rsp		/* rsp: IRETQ has it */
+	pop	%rbp
+	pop	%rsi
+	pop	%rdi
+	pop	%r8
+	pop	%r9
+	pop	%r10
+	pop	%r11
+	pop	%r12
+	pop	%r13
+	pop	%r14
+	pop	%r15
 	add	$8, %rsp
 	iretq
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["Termination", "decode_termination"]
+__all__ = ["EXAMPLES_SET", "Termination", "decode_termination"]
+
+EXAMPLES_SET = 15
+"""Reason set of the example guests."""
 
 _TERMINATE = 0x100
-_EXAMPLES = 15
 _EXCEPTION = 0x80
 _SETS = {
     0: "GHCB specification",
     1: "Linux",
-    _EXAMPLES: "kvmlaunch's example guests",
+    EXAMPLES_SET: "kvmlaunch's example guests",
 }
 _CODES = {
     (0, 0): "general termination request",
@@ -33,18 +35,23 @@ _CODES = {
     (1, 7): "an SVSM is needed and missing",
     (1, 8): "an SVSM runs at VMPL0 with the guest",
     (1, 9): "no SVSM calling area",
-    (_EXAMPLES, 1): "encrypted state, but SEV_STATUS doesn't say SNP",
-    (_EXAMPLES, 2): "the hypervisor doesn't speak version 2 of the GHCB protocol",
-    (_EXAMPLES, 3): "a C-bit position that no page table entry has",
-    (_EXAMPLES, 4): "the hypervisor has no SNP support",
-    (_EXAMPLES, 5): "page state change refused",
-    (_EXAMPLES, 6): "PVALIDATE failed, or changed nothing",
-    (_EXAMPLES, 7): "GHCB registration refused",
-    (_EXAMPLES, 8): "the answer lacks a field, or is one to another request",
-    (_EXAMPLES, 9): "a request through the GHCB page was refused",
-    (_EXAMPLES, 10): "#VC of an instruction that the runtime doesn't know",
-    (_EXAMPLES, 11): "memory doesn't hold what was written, or isn't where it should be",
-    **{(_EXAMPLES, _EXCEPTION + n): f"exception {n}" for n in range(32)},
+    (EXAMPLES_SET, 1): "not an SNP guest",
+    (EXAMPLES_SET, 2): "the hypervisor doesn't speak version 2 of the GHCB protocol",
+    (EXAMPLES_SET, 3): "a C-bit position that no page table entry has",
+    (EXAMPLES_SET, 4): "the hypervisor has no SNP support",
+    (EXAMPLES_SET, 5): "page state change refused",
+    (EXAMPLES_SET, 6): "PVALIDATE failed, or changed nothing",
+    (EXAMPLES_SET, 7): "GHCB registration refused",
+    (EXAMPLES_SET, 8): "the answer lacks a field, or is one to another request",
+    (EXAMPLES_SET, 9): "a request through the GHCB page was refused",
+    (EXAMPLES_SET, 10): "#VC of an instruction that the runtime doesn't know",
+    (EXAMPLES_SET, 11): "memory doesn't hold what was written, or isn't where it should be",
+    (EXAMPLES_SET, 12): "a check failed",
+    (EXAMPLES_SET, 13): "a private page was used that isn't validated",
+    (EXAMPLES_SET, 14): "the secure processor didn't answer a guest message",
+    (EXAMPLES_SET, 15): "the hypervisor runs no other VMPL than 0",
+    (EXAMPLES_SET, 16): "more vCPUs than the guest has room for",
+    **{(EXAMPLES_SET, _EXCEPTION + n): f"exception {n}" for n in range(32)},
 }
 
 

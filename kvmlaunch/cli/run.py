@@ -11,6 +11,12 @@ from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, TIMEOUT, Talk
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.pagelog import open_log
+from kvmlaunch.launch.printed_report import (
+    MEASUREMENT,
+    PrintedReport,
+    check_folder,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from kvmlaunch.uapi import Platform
@@ -59,6 +65,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="if the firmware refuses the CPUID page, take its correction and try once more",
     )
     group.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end with code 124")
+    group.add_argument(
+        "--report-out",
+        metavar="FILE",
+        help="write the attestation report that the guest prints (as examples/guests/attest does)",
+    )
     group.add_argument("--ioctls", action="store_true", help="put every call into the log, too")
     parser.set_defaults(command=_run)
 
@@ -76,6 +87,8 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     )
     if args.sim_fault and choice.platform.name != "sim":
         raise FormatError("--sim-fault is for the simulated host: add --platform sim")
+    if args.report_out is not None:
+        check_folder(args.report_out)
     talk.say(choice.why)
     if plan.cbitpos is not None and args.cbitpos is None:
         plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
@@ -94,11 +107,34 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
                     talk.error(str(report))
                     return FAILED
                 talk.say(str(report))
-            outcome = session.run(_print_console, timeout=args.timeout)
+            printed = PrintedReport()
+
+            def console(text: bytes) -> None:
+                _print_console(text)
+                printed.add(text)
+
+            outcome = session.run(console, timeout=args.timeout)
+            digest = session.guest.digest
     (talk.say if outcome.ok else talk.error)(str(outcome))
-    if outcome.ok:
-        return DONE
-    return _CODES.get(outcome.kind, FAILED)
+    code = DONE if outcome.ok else _CODES.get(outcome.kind, FAILED)
+    if args.report_out is not None and not _save_report(args.report_out, printed, digest, talk):
+        return code or FAILED
+    return code
+
+
+def _save_report(path: str, printed: PrintedReport, digest: bytes, talk: Talk) -> bool:
+    """Write what the guest printed; whether that is a report of this launch."""
+    try:
+        report = printed.report()
+    except FormatError as error:
+        talk.error(f"--report-out: {error}")
+        return False
+    write_whole(path, report)
+    if report[MEASUREMENT] != digest:
+        talk.error(f"the report's measurement is {report[MEASUREMENT].hex()}, not the digest")
+        return False
+    talk.say(f"report written to {path}: its measurement is the predicted launch digest")
+    return True
 
 
 def _ask_cbitpos(plan: LaunchPlan, platform: Platform) -> int:

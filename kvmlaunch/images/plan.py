@@ -206,7 +206,7 @@ class LaunchPlan:
         confidential: False for a plan made for a plain VM (no C-bit in page tables).
         cbitpos: position of the C-bit in the plan's page tables; None where it has none.
         apic: the guest expects in-kernel APICs (firmware does; then HLT waits for an
-            interrupt instead of ending the run).
+            interrupt instead of ending the run), and starts its other vCPUs itself.
     """
 
     image: str

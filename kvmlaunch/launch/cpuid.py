@@ -23,6 +23,7 @@ _REFUSED = {
     (0x80000008, 0): {"ebx": 1 << 25},  # VIRT_SSBD
     (0x80000021, 0): {"eax": 1 << 9},  # NO_SMM_CTL_MSR
 }
+_HTT = 1 << 28
 _SEV_LEAF = 0x8000001F
 _XSAVE_LEAF = 0xD
 _XSAVE_LEGACY_SIZE = 0x240
@@ -30,9 +31,9 @@ _HYPERVISOR_LEAVES = range(0x40000000, 0x40010000)
 
 
 def guest_cpuid(
-    supported: Sequence[Mapping[str, int]], vcpu: int, *, confidential: bool
+    supported: Sequence[Mapping[str, int]], vcpu: int, *, confidential: bool, vcpus: int = 1
 ) -> list[dict[str, int]]:
-    """KVM's supported CPUID with the APIC ids of vCPU ``vcpu``.
+    """KVM's supported CPUID with the APIC ids of vCPU ``vcpu``, one of ``vcpus``.
 
     For a confidential guest, without the bits that its CPUID page can't hold, so
     that page and hypervisor agree. A plain VM is told nothing of SEV, which it hasn't.
@@ -41,7 +42,9 @@ def guest_cpuid(
     for leaf in supported:
         new = dict(leaf)
         if new["function"] == 0x1:
-            new["ebx"] = new["ebx"] & 0x00FFFFFF | (vcpu & 0xFF) << 24
+            new["ebx"] = new["ebx"] & 0x0000FFFF | min(vcpus, 0xFF) << 16 | (vcpu & 0xFF) << 24
+            # HTT: the number of vCPUs counts (APM volume 3, E.3.2).
+            new["edx"] = new["edx"] & ~_HTT | (_HTT if vcpus > 1 else 0)
         elif new["function"] in (0xB, 0x1F):
             new["edx"] = vcpu
         elif new["function"] == 0x8000001E:

@@ -138,8 +138,16 @@ class Guest:
         self._check_cbitpos(cbitpos(supported))
         for index, state in enumerate(self.plan.vcpus):
             vcpu = stack.enter_context(self.vm.create_vcpu(index))
-            cpuid = guest_cpuid(supported, index, confidential=self.plan.confidential)
+            cpuid = guest_cpuid(
+                supported,
+                index,
+                confidential=self.plan.confidential,
+                vcpus=len(self.plan.vcpus),
+            )
             apply_state(vcpu, state, cpuid, bsp=index == 0)
+            if self.plan.apic and self.plan.confidential and index:
+                # As KVM leaves them, waiting for INIT, it never notices GHCB AP creation.
+                vcpu.set_mp_state(lib.KVM_MP_STATE_AP_RESET_HOLD)
             self.vcpus.append(vcpu)
             if index == 0:
                 self._bsp_cpuid = cpuid

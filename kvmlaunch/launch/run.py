@@ -8,9 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvmlaunch.abi.ghcb_msr import decode_termination
+from kvmlaunch.abi.ghcb_msr import EXAMPLES_SET, decode_termination
 from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError
 from kvmlaunch.kvm import Vcpu
 from kvmlaunch.kvm.exits import (
@@ -28,6 +28,7 @@ from kvmlaunch.kvm.exits import (
     ShutdownExit,
     SystemEventExit,
 )
+from kvmlaunch.launch.checks import CHECK_CODE, FailedCheck, LastLine
 from kvmlaunch.launch.console import EXIT_PORT, Uart
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.uapi import lib
@@ -45,7 +46,7 @@ class Outcome:
     Attributes: ``kind`` (``exit-port``, ``halted``, ``terminated``, ``shutdown``,
     ``timeout``, ``interrupted``, ``no-cpu``, ``failed``), ``ok`` (the guest ended
     well), ``detail`` (a sentence), ``vcpu`` and ``exit`` where one vCPU's exit
-    ended it.
+    ended it, and ``check`` where the guest says that a check of its own failed.
     """
 
     kind: str
@@ -53,10 +54,12 @@ class Outcome:
     detail: str
     vcpu: int | None = None
     exit: Exit | None = None
+    check: FailedCheck | None = None
 
     def __str__(self) -> str:
         where = "" if self.vcpu is None else f"vCPU {self.vcpu}: "
-        return f"{where}{self.detail}"
+        check = "" if self.check is None else f": {self.check}"
+        return f"{where}{self.detail}{check}"
 
 
 def run_guest(
@@ -92,6 +95,7 @@ class _Run:
         self._talking = threading.Lock()
         self._ends = threading.Lock()
         self._left = [threading.Event() for _ in guest.vcpus]
+        self._last_lines = [LastLine() for _ in guest.vcpus]
         self._over = threading.Event()
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
@@ -164,7 +168,7 @@ class _Run:
             try:
                 self._loop(index, vcpu, uart)
             finally:
-                self._show(uart)
+                self._show(index, uart)
         except BaseException as error:  # reported by the thread that waits
             self._error = error
             self._over.set()
@@ -179,10 +183,10 @@ class _Run:
             except IoctlError as error:
                 self._vcpu_failed(index, error)
                 return
-            self._show(uart)
+            self._show(index, uart)
             outcome = None if exit_ is None else self._handle(index, vcpu, uart, exit_)
             if outcome is not None:
-                self._vcpu_ends(outcome)
+                self._vcpu_ends(self._with_check(outcome))
                 return
 
     def _vcpu_failed(self, index: int, error: IoctlError) -> None:
@@ -206,9 +210,15 @@ class _Run:
         if outcome.kind != "halted" or last:
             self._end(outcome)
 
-    def _show(self, uart: Uart) -> None:
+    def _with_check(self, outcome: Outcome) -> Outcome:
+        if outcome.vcpu is None or not _is_failed_check(outcome):
+            return outcome
+        return replace(outcome, check=self._last_lines[outcome.vcpu].failed_check())
+
+    def _show(self, index: int, uart: Uart) -> None:
         text = uart.take()
         if text:
+            self._last_lines[index].add(text)
             with self._talking:
                 self._console(text)
 
@@ -218,6 +228,11 @@ class _Run:
             return None
         if isinstance(exit_, IoExit):
             return self._port(index, vcpu, uart, exit_)
+        if isinstance(exit_, MmioExit) and uart.owns(exit_):
+            data = uart.access(exit_)
+            if data:
+                vcpu.complete_mmio(data)
+            return None
         with self._talking:
             self._on_exit(index, exit_)
         if isinstance(exit_, HypercallExit):
@@ -255,6 +270,16 @@ class _Run:
         else:
             vcpu.complete_hypercall(0)
         return None
+
+
+def _is_failed_check(outcome: Outcome) -> bool:
+    """True for the code that a guest ends with when a check of its own failed."""
+    exit_ = outcome.exit
+    if isinstance(exit_, IoExit):
+        return int.from_bytes(exit_.data, "little") == CHECK_CODE
+    if isinstance(exit_, SystemEventExit) and exit_.data and outcome.kind == "terminated":
+        return decode_termination(exit_.data[0]) == (EXAMPLES_SET, CHECK_CODE)
+    return False
 
 
 _PROTECTED = "\nRegisters of a protected vCPU can't be read; the host's kernel log may say more."

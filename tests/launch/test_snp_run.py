@@ -245,9 +245,7 @@ def test_exception_when_plain_ends_at_the_exit_port(
     assert str(outcome) == "vCPU 0: the guest wrote 0x86 to the exit port"
 
 
-@pytest.mark.parametrize(
-    ("name", "code"), [("exception", 0x86), ("unknown_vc", 10), ("validate_twice", 6)]
-)
+@pytest.mark.parametrize(("name", "code"), [("exception", 0x86), ("unknown_vc", 10)])
 def test_failure_when_an_snp_guest_is_a_termination_with_its_code(
     real_snp: RealPlatform, test_guests: Path, name: str, code: int
 ) -> None:

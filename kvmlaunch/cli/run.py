@@ -131,7 +131,7 @@ def _save_report(path: str, printed: PrintedReport, digest: bytes, talk: Talk) -
         return False
     write_whole(path, report)
     if report[MEASUREMENT] != digest:
-        talk.error(f"the report's measurement is {report[MEASUREMENT].hex()}, not the digest")
+        talk.error(f"the report's measurement {report[MEASUREMENT].hex()} is not the launch digest")
         return False
     talk.say(f"report written to {path}: its measurement is the predicted launch digest")
     return True

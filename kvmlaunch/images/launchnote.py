@@ -66,8 +66,7 @@ def launch_notes(source: ImageSource, notes: Iterable[Note]) -> LaunchNotes:
 def _special_page(source: ImageSource, note: Note) -> SpecialPage:
     if len(note.descriptor) != _DESCRIPTOR.size:
         raise source.fail(
-            f"a kvmlaunch note for a page has {len(note.descriptor)} bytes, "
-            f"not {_DESCRIPTOR.size}",
+            f"a kvmlaunch note for a page has {len(note.descriptor)} bytes, not {_DESCRIPTOR.size}",
             offset=note.offset,
         )
     gpa, kind = _DESCRIPTOR.unpack(note.descriptor)

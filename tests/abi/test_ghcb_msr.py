@@ -24,6 +24,12 @@ KNOWN = [
     # The guests of examples/guests (runtime/runtime.h).
     (0x06F100, 15, 6, "PVALIDATE failed"),
     (0x0BF100, 15, 11, "memory doesn't hold what was written"),
+    (0x01F100, 15, 1, "not an SNP guest"),
+    (0x0CF100, 15, 12, "a check failed"),
+    (0x0DF100, 15, 13, "isn't validated"),
+    (0x0EF100, 15, 14, "didn't answer a guest message"),
+    (0x0FF100, 15, 15, "no other VMPL than 0"),
+    (0x10F100, 15, 16, "more vCPUs"),
     (0x8DF100, 15, 0x8D, "exception 13"),
 ]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvmlaunch.uapi import RealPlatform
+from tests import guest_ends
 from tests.guests import EXAMPLES, require_build_tools
 
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -117,29 +118,32 @@ def test_guest_on_the_simulated_host_is_launched(name: str) -> None:
     assert re.search(r"^prediction and host agree on all [0-9]+ pages$", done.stderr, re.MULTILINE)
 
 
-def test_every_guest_has_its_end_here() -> None:
-    assert GUESTS == ["halt", "hello", "misbehave"]
+@pytest.mark.parametrize("name", GUESTS)
+def test_guest_on_kvm_ends_with_its_exit_code(real_kvm: RealPlatform, name: str) -> None:
+    end = guest_ends.end_of(name, "plain")
+    vcpus = guest_ends.VCPUS.get(name, 1)
+    seconds = guest_ends.ENDLESS_SECONDS if end.kind == "timeout" else 20
+    done = cli("run", *PLAIN, "--timeout", seconds, "--vcpus", vcpus, guest(name))
+    assert done.returncode == end.code
+    assert re.fullmatch(end.text, done.stdout)
+    # The first line is the platform.
+    assert end.detail in done.stderr.splitlines()[1]
+    assert done.stderr.splitlines()[1].startswith("kvmlaunch: ") == (end.code != 0)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("hello", "hello from a kvmlaunch guest\n"), ("halt", "")]
-)
-def test_good_guest_on_kvm_ends_well(real_kvm: RealPlatform, name: str, text: str) -> None:
-    done = cli("run", *PLAIN, "--timeout", 20, guest(name))
-    assert (done.returncode, done.stdout) == (0, text)
+@pytest.mark.parametrize("name", GUESTS)
+def test_guest_says_in_its_head_how_it_ends(name: str) -> None:
+    (source,) = (EXAMPLES / "guests").glob(f"{name}.[cs]")
+    head = source.read_text().partition("*/")[0] if source.suffix == ".c" else source.read_text()
+    ends = {kind: guest_ends.end_of(name, kind) for kind in ("plain", "snp")}
+    for kind, end in ends.items():
+        assert f"exit code {end.code}" in head, kind
+        assert f'"{end.kind}"' in head, kind
 
 
-@pytest.mark.parametrize(
-    ("entry", "reason"),
-    [
-        ((), "KVM_EXIT_MMIO read gpa=0xd0000000 size=4: nothing is at this GPA"),
-        (("--entry", "0x100100"), "KVM_EXIT_SHUTDOWN: triple fault"),
-    ],
-    ids=["unmapped-read", "triple-fault"],
-)
-def test_misbehaving_guest_on_kvm_fails_with_the_reason(
-    real_kvm: RealPlatform, entry: tuple[str, ...], reason: str
+def test_misbehaving_guest_when_entered_elsewhere_dies_of_a_triple_fault(
+    real_kvm: RealPlatform,
 ) -> None:
-    done = cli("run", *PLAIN, "--timeout", 20, *entry, guest("misbehave"))
+    done = cli("run", *PLAIN, "--timeout", 20, "--entry", "0x100100", guest("misbehave"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"kvmlaunch: vCPU 0: {reason}" in done.stderr
+    assert "kvmlaunch: vCPU 0: KVM_EXIT_SHUTDOWN: triple fault" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,15 @@ from hypothesis import strategies as st
 
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.images import PlanOptions, load_image
-from tests.images.builders import METADATA_FROM_END, PT_NOTE, Seg, elf64, ovmf, pvh_note
+from tests.images.builders import (
+    METADATA_FROM_END,
+    PT_NOTE,
+    Seg,
+    elf64,
+    note_bytes,
+    ovmf,
+    pvh_note,
+)
 
 FIXED = settings(derandomize=True, max_examples=300, deadline=None)
 TYPES = st.sampled_from(["auto", "flat", "elf", "ovmf"])
@@ -18,6 +27,14 @@ MEMORY = 16 << 20
 
 ELF = elf64([Seg(0x100010, b"a" * 300, memsz=0x3000), Seg(0x200000, b"b" * 20), Seg(0, type=4)])
 PVH = elf64([Seg(0x100000, b"a" * 300), pvh_note(0x100010, 8), pvh_note(0x100010)])
+SECRETS_NOTE = note_bytes(1, struct.pack("<QI", 0x102000, 5), owner=b"kvmlaunch\0")
+NOTED = elf64(
+    [
+        Seg(0x100000, b"a" * 300, memsz=0x4000),
+        pvh_note(0x100010),
+        Seg(0, SECRETS_NOTE, type=PT_NOTE, align=4),
+    ]
+)
 OVMF = ovmf(size=0x1000)
 INTERESTING = st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 1 << 31, 0xFFFFFFFF, (1 << 64) - 1])
 
@@ -64,10 +81,11 @@ def test_load_when_arbitrary_before_an_ovmf_footer_plans_or_refuses(data: bytes)
     [
         (ELF, "elf", range(232)),
         (PVH, "elf", [*range(64, 232), *range(len(PVH) - 44, len(PVH))]),
+        (NOTED, "elf", [*range(64, 288), *range(len(NOTED) - 40, len(NOTED))]),
         (OVMF, "ovmf", range(len(OVMF) - 200, len(OVMF))),
         (OVMF, "ovmf", range(len(OVMF) - METADATA_FROM_END, len(OVMF) - METADATA_FROM_END + 100)),
     ],
-    ids=["elf-headers", "elf-notes", "ovmf-table", "ovmf-metadata"],
+    ids=["elf-headers", "elf-notes", "elf-kvmlaunch-notes", "ovmf-table", "ovmf-metadata"],
 )
 def test_load_when_valid_image_is_mutated_plans_or_refuses(
     valid: bytes, kind: str, places: Sequence[int]
@@ -90,7 +108,9 @@ def test_load_when_valid_image_is_mutated_plans_or_refuses(
     mutate()
 
 
-@pytest.mark.parametrize(("valid", "kind"), [(ELF, "elf"), (PVH, "elf"), (OVMF, "ovmf")])
+@pytest.mark.parametrize(
+    ("valid", "kind"), [(ELF, "elf"), (PVH, "elf"), (NOTED, "elf"), (OVMF, "ovmf")]
+)
 def test_load_when_valid_image_is_cut_anywhere_plans_or_refuses(valid: bytes, kind: str) -> None:
     for end in range(0, len(valid), 13):
         plan(valid[:end], kind)

@@ -39,11 +39,20 @@ def entries(page: bytes) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("vcpu", [0, 1, 3, 255])
 def test_leaf_1_when_given_to_a_vcpu_has_its_apic_id_in_the_top_byte(vcpu: int) -> None:
-    assert one(leaf(1, ebx=0xAA123456), vcpu)["ebx"] == vcpu << 24 | 0x123456
+    assert one(leaf(1, ebx=0xAA123456), vcpu)["ebx"] == vcpu << 24 | 0x013456
 
 
 def test_leaf_1_when_the_vcpu_number_is_above_255_keeps_its_low_byte() -> None:
-    assert one(leaf(1), 0x102)["ebx"] == 0x02000000
+    assert one(leaf(1), 0x102)["ebx"] == 0x02010000
+
+
+@pytest.mark.parametrize(("vcpus", "told"), [(1, 1), (2, 2), (255, 255), (256, 255), (4096, 255)])
+def test_leaf_1_when_there_are_many_vcpus_tells_how_many(vcpus: int, told: int) -> None:
+    """APM volume 3, E.3.2: EBX bits 23:16, which count where EDX bit 28 (HTT) is set."""
+    for edx in (0, ONES):
+        (got,) = guest_cpuid([leaf(1, ebx=ONES, edx=edx)], 0, confidential=True, vcpus=vcpus)
+        assert got["ebx"] == 0x00FF0000 & told << 16 | 0xFFFF
+        assert got["edx"] == edx & ~(1 << 28) | (vcpus > 1) << 28
 
 
 @pytest.mark.parametrize("function", [0xB, 0x1F])

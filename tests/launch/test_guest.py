@@ -326,6 +326,23 @@ def test_guest_when_it_expects_apics_gets_them_before_the_vcpus() -> None:
     assert names.index("irqchip") < names.index("KVM_CREATE_VCPU")
 
 
+@pytest.mark.parametrize(
+    ("options", "state"),
+    [
+        ({"apic": True}, "KVM_MP_STATE_AP_RESET_HOLD"),
+        ({}, "KVM_MP_STATE_RUNNABLE"),
+        ({"apic": True, "confidential": False}, "KVM_MP_STATE_UNINITIALIZED"),
+    ],
+)
+def test_vcpus_when_the_guest_starts_them_are_held_in_reset_but_the_first(
+    options: dict[str, bool], state: str
+) -> None:
+    """KVM 6.12 looks for AP creation in this state, and in UNINITIALIZED it doesn't."""
+    with SimPlatform() as host, Guest(small_plan(vcpus=3, **options), host) as guest:
+        states = [vcpu.get_mp_state() for vcpu in guest.vcpus]
+    assert states == [lib.KVM_MP_STATE_RUNNABLE, getattr(lib, state), getattr(lib, state)]
+
+
 def test_guest_when_built_makes_all_of_its_memory_private() -> None:
     calls: list[Call] = []
     launch_plan = small_plan(memory=[(0, 64 * PAGE), (1 << 32, 16 * PAGE)])

@@ -17,7 +17,7 @@ from tests.host import require_kvm, require_snp
 
 @pytest.fixture(scope="session")
 def guests(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with hello.elf, halt.elf and misbehave.elf."""
+    """A folder with the built guests of examples/guests."""
     return guest_builder.build(tmp_path_factory.mktemp("guests"))
 
 

@@ -114,7 +114,7 @@ static void seal(u64 sequence)
 /* Nothing of an answer is believed before its tag was found right. */
 static void open(u64 sequence)
 {
-	u8 iv[12], tag[16];
+	u8 iv[12], tag[16], wrong = 0;
 	u32 n;
 
 	check_equal(message.header.sequence, sequence);
@@ -123,8 +123,13 @@ static void open(u64 sequence)
 	make_iv(iv, sequence);
 	gcm_tag(&gcm, iv, AUTHENTICATED(&message), AUTHENTICATED_SIZE, (u8 *)&message.response,
 		sizeof(struct response), tag);
+	/* No check_equal(): it would tell the host the right tag. */
 	for (n = 0; n < sizeof(tag); n++)
-		check_equal(message.header.tag[n], tag[n]);
+		wrong |= message.header.tag[n] ^ tag[n];
+	if (wrong) {
+		print("the answer is not the secure processor's\n");
+		fail(FAIL_MESSAGE);
+	}
 	gcm_crypt(&gcm, iv, (u8 *)&message.response, sizeof(struct response));
 }
 

@@ -13,9 +13,9 @@
 
 #define VALUE 0x766d706c30UL
 #define ALL_RIGHTS (RMP_READ | RMP_WRITE | RMP_EXECUTE)
-#define IMAGE 0x100000UL
 
-extern u8 image_end[];
+/* guest.ld: what is launched, file bytes and zeroes. */
+extern u8 image_start[], data_end[], bss_start[], image_end[];
 
 static volatile u64 read_only[PAGE_SIZE / 8] PAGE_ALIGNED;
 static u8 vmsa[PAGE_SIZE] PAGE_ALIGNED;
@@ -41,9 +41,19 @@ static void less_privileged(void)
 	check_equal(read_only[0], VALUE);
 }
 
+static void grant(u64 gpa, u64 end)
+{
+	for (; gpa < end; gpa += PAGE_SIZE) {
+		/* VMPL1 must not have its own VMSA, and GHCB pages are shared. */
+		if (gpa == (u64)vmsa || !is_private(gpa))
+			continue;
+		check_equal(rmpadjust((void *)gpa,
+				      1 | (gpa == (u64)read_only ? RMP_READ : ALL_RIGHTS)), 0);
+	}
+}
+
 void guest_main(void)
 {
-	u64 gpa;
 	u32 n;
 
 	need_snp();
@@ -57,13 +67,8 @@ void guest_main(void)
 	for (n = 0; n < PAGE_SIZE / 8; n++)
 		((volatile u64 *)area)[n] = 0;
 	vmsa_fill(vmsa, 1, less_privileged, area);
-	for (gpa = IMAGE; gpa < (u64)image_end; gpa += PAGE_SIZE) {
-		/* VMSA and GHCBs: the first VMPL1 must not have, the others are shared. */
-		if (gpa == (u64)vmsa || !is_private(gpa))
-			continue;
-		check_equal(rmpadjust((void *)gpa,
-				      1 | (gpa == (u64)read_only ? RMP_READ : ALL_RIGHTS)), 0);
-	}
+	grant((u64)image_start, (u64)data_end);
+	grant((u64)bss_start, (u64)image_end);
 	check_equal(vmsa_run(vmsa, 1, cpu_number()), 0);
 	run_vmpl(1);
 	print("VMPL0: VMPL1 came back\n");

@@ -131,6 +131,11 @@ def test_guest_on_kvm_ends_with_its_exit_code(real_kvm: RealPlatform, name: str)
     assert done.stderr.splitlines()[1].startswith("kvmlaunch: ") == (end.code != 0)
 
 
+def test_guests_when_built_in_another_folder_are_the_same(guests: Path) -> None:
+    for name in GUESTS:
+        assert (guests / f"{name}.elf").read_bytes() == guest(name).read_bytes()
+
+
 @pytest.mark.parametrize("name", GUESTS)
 def test_guest_says_in_its_head_how_it_ends(name: str) -> None:
     (source,) = (EXAMPLES / "guests").glob(f"{name}.[cs]")

@@ -24,6 +24,11 @@ MEMORY = 16 << 20
 TIMEOUT = 60.0
 DOORBELL, EXIT_PORT = 0x10, 0xF4
 DEVICE = 0xD0000000
+# What the device answers to a read: a byte and its successors.
+FIRST_BYTES = {
+    **{0x10: 0x51, 0x12: 0x62, 0x14: 0x74, 0x18: 0x88},
+    **{0: 0x90, 0x40: 0x90, 0x44: 0xA0, 0x48: 0xB0},
+}
 PAGE = 4096
 ENCRYPTED = lib.KVM_MAP_GPA_RANGE_ENCRYPTED
 
@@ -154,7 +159,7 @@ def test_mmio_when_answered_reaches_the_guest(
             if not exit_.is_write:
                 at = exit_.gpa - DEVICE
                 # Each byte names its place: read 0x18 as 8 bytes gives 88 89 8a ...
-                first = {0x10: 0x51, 0x12: 0x62, 0x14: 0x74, 0x18: 0x88}[at]
+                first = FIRST_BYTES[at]
                 guest.vcpus[0].complete_mmio(bytes(range(first, first + exit_.size)))
     assert seen == [
         (0, 1, "11"),
@@ -165,6 +170,13 @@ def test_mmio_when_answered_reaches_the_guest(
         (0x12, 2, ""),
         (0x14, 4, ""),
         (0x18, 8, ""),
+        (0x28, 8, "feffffffffffffff"),
+        (0x30, 2, "3412"),
+        (0x10014, 4, "78563412"),
+        (0x40, 2, ""),
+        (0, 2, ""),
+        (0x44, 4, ""),
+        (0x48, 1, ""),
     ]
 
 

@@ -1,4 +1,4 @@
-/* Loads and stores of device registers: what MOV, MOVZX and MOVSX to or from memory wanted. */
+/* Loads and stores of device registers: what MOV, MOVZX and MOVSX with an address wanted. */
 #include "vc.h"
 
 #define OPERAND_SIZE 0x66
@@ -91,6 +91,11 @@ static struct instruction decode(const struct registers *regs, const u8 *code)
 	case 0x8a: /* MOV register, memory */
 	case 0x8b:
 		insn.load = 1;
+		break;
+	case 0x63: /* MOVSXD register, memory */
+		insn.load = insn.sign = 1;
+		insn.size = 4;
+		insn.reg_size = operand;
 		break;
 	case 0xc6: /* MOV memory, number */
 	case 0xc7:

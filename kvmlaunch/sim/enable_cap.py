@@ -63,9 +63,8 @@ def _user_space_msr(vm: Vm, reasons: int) -> None:
 
 
 def _max_vcpu_id(vm: Vm, limit: int) -> None:
-    if limit > caps.MAX_VCPU_ID or vm.bsp_id >= limit:
-        refuse(errno.EINVAL)
-    if vm.max_vcpu_ids not in (None, limit):
+    # 0 means "not chosen yet" as a limit, too, as in the kernel.
+    if limit > caps.MAX_VCPU_ID or vm.bsp_id > limit or vm.max_vcpu_ids not in (0, limit):
         refuse(errno.EINVAL)
     vm.max_vcpu_ids = limit
 

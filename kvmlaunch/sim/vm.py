@@ -37,7 +37,7 @@ class Vm:
         self.dead = False
         self.irq = irq.Irqchips()
         self.bsp_id = 0
-        self.max_vcpu_ids: int | None = None
+        self.max_vcpu_ids = 0
         self.disabled_quirks = 0
         self.hypercall_exits = 0
         self.tsc_khz = host.tsc_khz
@@ -169,7 +169,7 @@ class VmFile(File):
         vm = self.vm
         if arg >= caps.MAX_VCPU_ID or len(vm.vcpus) >= caps.MAX_VCPUS:
             refuse(errno.EINVAL)
-        if vm.max_vcpu_ids is None:
+        if not vm.max_vcpu_ids:
             vm.max_vcpu_ids = caps.MAX_VCPU_ID
         if arg >= vm.max_vcpu_ids:
             refuse(errno.EINVAL)
@@ -211,7 +211,9 @@ class VmFile(File):
     def _set_boot_cpu_id(self, arg: int) -> int:
         if self.vm.vcpus:
             refuse(errno.EBUSY)
-        self.vm.bsp_id = arg & 0xFFFFFFFF
+        if arg > (self.vm.max_vcpu_ids or caps.MAX_VCPU_ID):
+            refuse(errno.EINVAL)
+        self.vm.bsp_id = arg
         return 0
 
     def _set_tss_addr(self, arg: int) -> int:

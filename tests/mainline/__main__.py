@@ -19,10 +19,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests import debian, guests
 from tests.debian import DiskFull, Unavailable
 from tests.mainline.errors import StepFailed
-from tests.mainline.machine import PORT, Machine
-from tests.mainline.prepare import Prepared, home, prepare
+from tests.mainline.machine import PORT, Machine, Parts
+from tests.mainline.prepare import home, prepare
 from tests.mainline.tap import Stream
 
 _PASSED, _FAILED, _SKIPPED = 0, 1, 4
@@ -30,8 +31,8 @@ _SECONDS = 240
 _PYTEST = (sys.executable, "-m", "pytest", "-q")
 _TAP = ("-p", "tests.mainline.tap", "--tap")
 _REAL_PATH = (
-    *("tests/hardware", "tests/launch/test_snp_run.py", "tests/launch/test_plain.py"),
-    *("tests/kvm/test_host.py", "tests/kvm/test_run.py"),
+    *("tests/hardware", "tests/launch/test_snp_run.py", "tests/launch/test_guest_ends.py"),
+    *("tests/launch/test_plain.py", "tests/kvm/test_host.py", "tests/kvm/test_run.py"),
 )
 _DIFFERENTIAL = "tests/mainline/test_differential.py"
 
@@ -70,13 +71,13 @@ def _run(stream: Stream) -> int:
     # Here the logs are kept when something fails.
     folder = Path(tempfile.mkdtemp(dir=home(), prefix="run-"))
     try:
-        prepared = prepare(folder, stream.note)
+        parts = prepare(stream.note)
     except Unavailable:
         shutil.rmtree(folder)
         raise
     with ThreadPoolExecutor() as pool:
         jobs = [
-            pool.submit(_guarded, name, job, prepared, folder, stream)
+            pool.submit(_guarded, name, job, parts, folder, stream)
             for name, job in (("hardware", _hardware_tests), ("differential", _differential_test))
         ]
     for job in jobs:
@@ -88,18 +89,18 @@ def _run(stream: Stream) -> int:
     return _FAILED
 
 
-_Job = Callable[[Prepared, Path, Stream], None]
+_Job = Callable[[Parts, Path, Stream], None]
 
 
-def _guarded(name: str, job: _Job, prepared: Prepared, folder: Path, stream: Stream) -> None:
+def _guarded(name: str, job: _Job, parts: Parts, folder: Path, stream: Stream) -> None:
     """Run a job; what breaks it is a failed test, and the other job goes on."""
     try:
-        job(prepared, folder, stream)
+        job(parts, folder, stream)
     except (StepFailed, OSError) as error:
         stream.failed(f"the {name} tests", str(error))
 
 
-def _hardware_tests(prepared: Prepared, folder: Path, stream: Stream) -> None:
+def _hardware_tests(parts: Parts, folder: Path, stream: Stream) -> None:
     """Inside a machine: the tests of the real path, as on an SNP host."""
     # The machine reads bytecode that is there and can't keep what it makes itself.
     subprocess.run(
@@ -107,8 +108,9 @@ def _hardware_tests(prepared: Prepared, folder: Path, stream: Stream) -> None:
     )
     environment = {
         "KVMLAUNCH_REQUIRE": "kvm,snp",
-        "KVMLAUNCH_GUESTS": str(prepared.guests),
-        "KVMLAUNCH_OVMF": str(prepared.ovmf),
+        # The compiler is slow there.
+        "KVMLAUNCH_GUESTS": str(guests.build_tests(guests.build(folder))),
+        **_firmware(),
         # Each plugin costs time there; this is the one that the settings need.
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTEST_PLUGINS": "pytest_timeout",
@@ -116,13 +118,20 @@ def _hardware_tests(prepared: Prepared, folder: Path, stream: Stream) -> None:
     }
     log = folder / "hardware.log"
     command = (*_PYTEST, *_REAL_PATH, *_TAP, PORT)
-    with Machine(
-        prepared.parts, command, log=log, seconds=_SECONDS, environment=environment
-    ) as machine:
+    with Machine(parts, command, log=log, seconds=_SECONDS, environment=environment) as machine:
         stream.take(machine.lines())
 
 
-def _differential_test(prepared: Prepared, folder: Path, stream: Stream) -> None:
+def _firmware() -> dict[str, str]:
+    """Where OVMF is; without it the tests inside that want it skip."""
+    try:
+        path = debian.debian_file("ovmf", "usr/share/ovmf/OVMF.fd", "KVMLAUNCH_OVMF")
+    except Unavailable:
+        return {}
+    return {"KVMLAUNCH_OVMF": str(path)}
+
+
+def _differential_test(parts: Parts, folder: Path, stream: Stream) -> None:
     """Here, with a machine that plays scripts (see conftest.py)."""
     environment = {**os.environ, "KVMLAUNCH_MAINLINE": str(folder)}
     reading, writing = os.pipe()

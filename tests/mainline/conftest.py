@@ -23,8 +23,7 @@ def machine() -> Iterator[Machine]:
     given = os.environ.get("KVMLAUNCH_MAINLINE")
     if not given:
         require("snp", "it needs an emulated machine: python -m tests.mainline")
-    folder = Path(given)
-    parts = prepare(folder).parts
-    with Machine(parts, _AGENT, log=folder / "agent.log", seconds=_SECONDS) as booted:
+    log = Path(given, "agent.log")
+    with Machine(prepare(), _AGENT, log=log, seconds=_SECONDS) as booted:
         booted.ask({"ping": 1})
         yield booted

@@ -1,4 +1,4 @@
-"""Everything that an emulated machine is made of, ready to boot; built once and kept."""
+"""What an emulated machine is made of, ready to boot; fetched and built once, and kept."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from tests import debian, guests
+from tests import debian
 from tests.debian import Unavailable
 from tests.kernel_packages import KernelPackages
 from tests.mainline import module
@@ -37,20 +36,10 @@ def check_tools() -> None:
         raise Unavailable(f"there is no {', '.join(missing)} (apt install {packages})")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Parts to boot, and input for the tests inside."""
-
-    parts: Parts
-    guests: Path
-    ovmf: Path
-
-
-def prepare(folder: Path, say: Callable[[str], object] = lambda text: None) -> Prepared:
+def prepare(say: Callable[[str], object] = lambda text: None) -> Parts:
     """Fetch and build what isn't there yet; ``say`` gets a line per step.
 
-    The guests are built in ``folder``, all else is kept in the cache. Raises Unavailable
-    for what the machine lacks, StepFailed for what broke.
+    Raises Unavailable for what the machine lacks, StepFailed for what broke.
     """
     check_tools()
     packages = KernelPackages.newest()
@@ -60,11 +49,7 @@ def prepare(folder: Path, say: Callable[[str], object] = lambda text: None) -> P
     if not kvm_amd.is_file():
         say("building kvm-amd.ko")
         _build(packages, kvm_amd)
-    return Prepared(
-        Parts(packages.release, image, kvm_amd),
-        guests.build_tests(guests.build(folder)),
-        debian.debian_file("ovmf", "usr/share/ovmf/OVMF.fd", "KVMLAUNCH_OVMF"),
-    )
+    return Parts(packages.release, image, kvm_amd)
 
 
 def home() -> Path:

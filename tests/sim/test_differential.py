@@ -283,7 +283,11 @@ def vm_calls(run):
     for bit in range(12):
         run.enable(f"quirk {bit}", vm, lib.KVM_CAP_DISABLE_QUIRKS2, 1 << bit)
     run.enable("max id too high", vm, lib.KVM_CAP_MAX_VCPU_ID, 4097)
+    run.enable("max id none", vm, lib.KVM_CAP_MAX_VCPU_ID, 0)
     run.enable("max id", vm, lib.KVM_CAP_MAX_VCPU_ID, 8)
+    run.enable("max id none later", vm, lib.KVM_CAP_MAX_VCPU_ID, 0)
+    for number in (8, 9, 1 << 32):
+        run.call(f"boot id {number}", vm, "KVM_SET_BOOT_CPU_ID", number)
     run.enable("max id again", vm, lib.KVM_CAP_MAX_VCPU_ID, 8)
     run.enable("max id other", vm, lib.KVM_CAP_MAX_VCPU_ID, 9)
     run.call("create id 8", vm, "KVM_CREATE_VCPU", 8, makes_fd=True)

@@ -91,7 +91,7 @@ def test_enable_cap_null_is_efault(driver, vm):
         ("X86_USER_SPACE_MSR", 7, 0),
         ("X86_USER_SPACE_MSR", 8, errno.EINVAL),
         ("MAX_VCPU_ID", 4097, errno.EINVAL),
-        ("MAX_VCPU_ID", 0, errno.EINVAL),
+        ("MAX_VCPU_ID", 0, 0),
         ("MAX_VCPU_ID", 4, 0),
         ("X86_APIC_BUS_CYCLES_NS", 0, errno.EINVAL),
         ("X86_APIC_BUS_CYCLES_NS", 10, errno.ENXIO),

@@ -17,7 +17,7 @@ from kvmlaunch.launch.run import Outcome
 from kvmlaunch.uapi import lib
 
 MEMORY = 16 << 20
-ENDLESS_SECONDS = 3.0
+ENDLESS_SECONDS = 1.5
 FAKES = Path("/sys/kernel/debug/fake_psp")
 
 

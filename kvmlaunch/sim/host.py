@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
-from typing import cast
+from typing import TypeAlias, cast
 
 from kvmlaunch.sim.cpumodel import cpu_model
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import FdTable
 from kvmlaunch.sim.firmware import SecureProcessor
 from kvmlaunch.sim.firmware_profiles import Product, firmware_profile
+from kvmlaunch.sim.gate import Gate
 from kvmlaunch.sim.memory import PhysicalMemory
 from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.sim.psp import Psp
 from kvmlaunch.sim.rmp import Rmp
 from kvmlaunch.sim.uaccess import ProcessMemory, UserMemory, refuse
+from kvmlaunch.softcpu import CpuOptions, GuestMemory, Machine
 
-__all__ = ["AsidPool", "Host"]
+__all__ = ["AsidPool", "Host", "MachineMaker"]
+
+MachineMaker: TypeAlias = Callable[[GuestMemory, CpuOptions], Machine]
+"""What makes the CPUs of a VM."""
 
 
 class AsidPool:
@@ -53,7 +59,11 @@ class AsidPool:
 
 
 class Host:
-    """CPU, memory, RMP and secure processor; fd table, profile and faults of the kernel."""
+    """CPU, memory, RMP and secure processor; fd table, profile and faults of the kernel.
+
+    ``lock`` guards all of it, ``gate`` what guest code runs on; ``seed`` is for the turns of
+    vCPUs, ``machine`` makes CPUs, ``memory_generation`` grows with each change of memory.
+    """
 
     def __init__(
         self,
@@ -62,7 +72,15 @@ class Host:
         product: str,
         random: Callable[[int], bytes],
         user: UserMemory | None = None,
+        *,
+        seed: int = 0,
+        machine: MachineMaker = Machine,
     ) -> None:
+        self.lock = threading.RLock()
+        self.gate = Gate()
+        self.seed = seed
+        self.machine = machine
+        self.memory_generation = 0
         self.profile = profile
         self.faults = faults
         self.user: UserMemory = ProcessMemory() if user is None else user

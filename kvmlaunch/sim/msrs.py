@@ -9,13 +9,17 @@ from types import MappingProxyType
 from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
-__all__ = ["FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "VMCB", "transfer"]
+__all__ = ["APIC", "FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "TSC", "VMCB", "transfer"]
 
 _MAX_BATCH = 256
 _ENTRY = ffi.sizeof("struct kvm_msr_entry")
 
 EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
+
+TSC = 0x10
+APIC = frozenset({*range(0x800, 0x900), 0x6E0})
+"""x2APIC registers and the TSC deadline."""
 
 VMCB: Mapping[int, str] = MappingProxyType(
     {
@@ -40,7 +44,7 @@ VMCB: Mapping[int, str] = MappingProxyType(
 
 PLAIN: Mapping[int, int] = MappingProxyType(
     {
-        0x10: 0,  # TSC
+        TSC: 0,
         0x3B: 0,  # TSC_ADJUST
         0x17A: 0,  # MCG_STATUS
         0x1A0: 0x1,  # MISC_ENABLE

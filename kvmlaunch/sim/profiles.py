@@ -1,6 +1,6 @@
 """What differs between kernel versions, as data.
 
-Only what the simulated host acts on; more comes with the CPU (hypercalls, AP creation).
+Only what the simulated host acts on.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class KernelProfile:
         guest_memfd_flags_private: the same on an SNP VM.
         guest_memfd_on_default_vm: guest_memfd slots work on a VM without private memory.
         req_certs: KVM_SEV_SNP_ENABLE_REQ_CERTS and its attribute exist.
+        hypercall_ret_cleared: KVM presets hypercall.ret before a page state change exits.
+        ap_create_exact_features: AP creation wants SEV_FEATURES as in INIT2, not only the same
+            injection modes.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
     """
 
@@ -81,6 +84,8 @@ class KernelProfile:
     guest_memfd_flags_private: int
     guest_memfd_on_default_vm: bool
     req_certs: bool
+    hypercall_ret_cleared: bool
+    ap_create_exact_features: bool
     quirks: int
 
     def __str__(self) -> str:
@@ -106,6 +111,8 @@ _6_12 = KernelProfile(
     guest_memfd_flags_private=0,
     guest_memfd_on_default_vm=False,
     req_certs=False,
+    hypercall_ret_cleared=False,
+    ap_create_exact_features=False,
     quirks=_QUIRKS_6_12,
 )
 
@@ -123,6 +130,8 @@ _6_18 = replace(
     guest_memfd_flags=lib.GUEST_MEMFD_FLAG_MMAP | lib.GUEST_MEMFD_FLAG_INIT_SHARED,
     guest_memfd_flags_private=lib.GUEST_MEMFD_FLAG_MMAP,
     guest_memfd_on_default_vm=True,
+    hypercall_ret_cleared=True,
+    ap_create_exact_features=True,
     quirks=_QUIRKS_6_18,
 )
 

@@ -36,6 +36,7 @@ class SevVm:
         self.context: int | None = None
         self.fd = -1
         self.req_certs = False
+        self.ap_jump_table = 0
         self.regions: list[tuple[int, int]] = []
 
     @property

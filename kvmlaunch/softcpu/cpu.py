@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmlaunch.abi.vmsa import Vmsa
 
 from .core import Core
-from .engine import READ, Stop
+from .engine import GPR_NAMES, READ, Stop
 from .events import (
     Budget,
     Event,
@@ -32,24 +32,6 @@ _EXIT_TICKS = 16
 """What a stop of the engine costs, so that no loop of exceptions runs for ever."""
 _IF = 1 << 9
 _NMI = 2
-_GPR = [
-    "rax",
-    "rcx",
-    "rdx",
-    "rbx",
-    "rsp",
-    "rbp",
-    "rsi",
-    "rdi",
-    "r8",
-    "r9",
-    "r10",
-    "r11",
-    "r12",
-    "r13",
-    "r14",
-    "r15",
-]
 
 
 class Machine:
@@ -148,8 +130,8 @@ class SoftCpu:
             KeyError: no such register.
         """
         state = self._core.state
-        if name in _GPR:
-            return state.gpr[_GPR.index(name)]
+        if name in GPR_NAMES:
+            return state.gpr[GPR_NAMES.index(name)]
         if name in ("rip", "rflags", "efer", "cpl"):
             return int(getattr(state, name))
         if name == "cr8":
@@ -167,8 +149,8 @@ class SoftCpu:
             KeyError: no such register, or not one of these.
         """
         state = self._core.state
-        if name in _GPR:
-            state.gpr[_GPR.index(name)] = value
+        if name in GPR_NAMES:
+            state.gpr[GPR_NAMES.index(name)] = value
         elif name == "rip":
             state.rip = value
         elif name == "rflags":

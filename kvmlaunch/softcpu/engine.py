@@ -20,6 +20,7 @@ __all__ = [
     "FETCH",
     "FS",
     "GDTR",
+    "GPR_NAMES",
     "GS",
     "IDTR",
     "LDTR",
@@ -27,6 +28,7 @@ __all__ = [
     "SEGMENT_NAMES",
     "SS",
     "TR",
+    "WORD_NAMES",
     "WRITE",
     "Engine",
     "EngineState",
@@ -37,6 +39,19 @@ __all__ = [
 ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR, IDTR = range(10)
 SEGMENT_NAMES = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr", "gdtr", "idtr")
 """Fields of a VMSA, in the order of the numbers above."""
+
+GPR_NAMES = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
+)
+"""Fields of a VMSA, in the order of `EngineState.gpr`."""
+
+WORD_NAMES = (
+    *("star", "lstar", "cstar", "sfmask", "kernel_gs_base"),
+    *("sysenter_cs", "sysenter_esp", "sysenter_eip"),
+    *("tsc_aux", "xcr0", "g_pat", "pkru", "spec_ctrl"),
+)
+"""Fields of a VMSA for `EngineState.get` and `put`."""
 
 READ, WRITE, FETCH = 1, 2, 4
 """Kinds of access, and the rights that `Fill.fill` grants."""
@@ -140,11 +155,11 @@ class EngineState(Protocol):
         ...
 
     def get(self, name: str) -> int:
-        """Return another register by its name in a VMSA."""
+        """Return one of `WORD_NAMES`."""
         ...
 
     def put(self, name: str, value: int) -> None:
-        """Change another register by its name in a VMSA."""
+        """Change one of `WORD_NAMES`."""
         ...
 
     def get_fpu(self) -> dict[str, int | bytes]:

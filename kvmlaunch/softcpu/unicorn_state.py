@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kvmlaunch.abi.segment import Segment
 
-from .engine import CS, DS, ES, SS
+from .engine import CS, DS, ES, SS, WORD_NAMES
 from .unicorn_env import Env
 
 __all__ = ["UnicornState"]
@@ -27,23 +27,7 @@ _DF, _VM = 1 << 10, 1 << 17
 _CC_OP_EFLAGS = 1
 
 _IRET_BIT = 1 << (0x74 - 0x60)
-_WORDS = frozenset(
-    [
-        "star",
-        "lstar",
-        "cstar",
-        "sfmask",
-        "kernel_gs_base",
-        "sysenter_cs",
-        "sysenter_esp",
-        "sysenter_eip",
-        "tsc_aux",
-        "xcr0",
-        "g_pat",
-        "pkru",
-        "spec_ctrl",
-    ]
-)
+_WORDS = frozenset(WORD_NAMES)
 
 
 class Helper(Protocol):

@@ -9,7 +9,7 @@ from kvmlaunch.abi.segment import Segment
 from kvmlaunch.abi.vmsa import SEV_FEATURES, Vmsa
 
 from .control import CR4_SUPPORTED
-from .engine import SEGMENT_NAMES, TR, EngineState
+from .engine import GPR_NAMES, SEGMENT_NAMES, TR, WORD_NAMES, EngineState
 from .msr import EFER_KNOWN
 from .options import CpuOptions
 
@@ -20,37 +20,10 @@ _LME, _LMA, _SVME = 1 << 8, 1 << 10, 1 << 12
 _CR4_LATER = 0x00C01000  # LA57, PKE, CET
 _PAE = 1 << 5
 _KNOWN_FEATURES = 1 << SEV_FEATURES["snp_active"] | 1 << SEV_FEATURES["debug_swap"]
-_REGISTERS = (
-    "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15"  # EngineState.gpr
-).split()
-_WORDS = [
-    "star",
-    "lstar",
-    "cstar",
-    "sfmask",
-    "kernel_gs_base",
-    "sysenter_cs",
-    "sysenter_esp",
-    "sysenter_eip",
-    "tsc_aux",
-    "xcr0",
-    "g_pat",
-    "pkru",
-    "spec_ctrl",
-]
-_FPU = [
-    "mxcsr",
-    "x87_ftw",
-    "x87_fsw",
-    "x87_fcw",
-    "x87_fop",
-    "x87_cs",
-    "x87_ds",
-    "x87_rip",
-    "x87_dp",
-    "fpreg_x87",
-    "fpreg_xmm",
-]
+_FPU = (
+    *("mxcsr", "x87_ftw", "x87_fsw", "x87_fcw", "x87_fop", "x87_cs", "x87_ds", "x87_rip"),
+    *("x87_dp", "fpreg_x87", "fpreg_xmm"),
+)
 
 # The engine must find a TSS in TR whenever it looks; this one has no stacks (#TS).
 _NO_TSS = Segment(0, 0x8B, 0, 0)
@@ -114,9 +87,9 @@ def load(state: EngineState, vmsa: Vmsa) -> Loaded:
         state.set_segment(TR, _NO_TSS)
     state.cpl = vmsa.cpl
     state.rip = vmsa.rip
-    for number, name in enumerate(_REGISTERS):
+    for number, name in enumerate(GPR_NAMES):
         state.gpr[number] = getattr(vmsa, name)
-    for name in _WORDS:
+    for name in WORD_NAMES:
         state.put(name, getattr(vmsa, name))
     for number in range(4):
         state.dr[number] = getattr(vmsa, f"dr{number}")
@@ -135,8 +108,8 @@ def save(state: EngineState, loaded: Loaded) -> Vmsa:
     }
     if loaded.tr_replaced and state.segment(TR) == _NO_TSS:
         changes["tr"] = loaded.vmsa.tr
-    changes.update((name, state.gpr[number]) for number, name in enumerate(_REGISTERS))
-    changes.update((name, state.get(name)) for name in _WORDS)
+    changes.update((name, state.gpr[number]) for number, name in enumerate(GPR_NAMES))
+    changes.update((name, state.get(name)) for name in WORD_NAMES)
     changes.update((f"dr{number}", state.dr[number]) for number in (0, 1, 2, 3, 6, 7))
     changes.update(state.get_fpu())
     return loaded.vmsa.replace(

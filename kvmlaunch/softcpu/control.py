@@ -6,9 +6,7 @@ emulated. Sources: AMD APM volume 2, 3.1 (control registers), 4.6 and 6.1; volum
 
 from __future__ import annotations
 
-from kvmlaunch.abi.segment import Segment
-
-from .core import VM86, Core, parse_descriptor
+from .core import VM86, Core, Descriptor, parse_descriptor
 from .engine import CS, GDTR, SS, TR
 from .faults import GP, NP, UD, GuestFault
 from .operand import load_operand
@@ -159,16 +157,16 @@ def load_task_register(core: Core) -> None:
         raise GuestFault(NP, error)
     low |= 2 << 40  # busy
     core.store(state.base(GDTR) + (selector & 0xFFF8) + 5, bytes((low >> 40 & 0xFF,)))
-    state.set_segment(TR, parse_descriptor(selector, low, high & 0xFFFFFFFF))
+    state.set_segment(TR, *parse_descriptor(selector, low, high & 0xFFFFFFFF))
     core.advance(instruction.length)
 
 
-def _flat_code(selector: int, dpl: int, *, long: bool) -> Segment:
-    return Segment(selector, 0x89B | dpl << 5 | (0x200 if long else 0x400), _FLAT, 0)
+def _flat_code(selector: int, dpl: int, *, long: bool) -> Descriptor:
+    return Descriptor(selector, 0x89B | dpl << 5 | (0x200 if long else 0x400), _FLAT, 0)
 
 
-def _flat_stack(selector: int, dpl: int) -> Segment:
-    return Segment(selector, 0xC93 | dpl << 5, _FLAT, 0)
+def _flat_stack(selector: int, dpl: int) -> Descriptor:
+    return Descriptor(selector, 0xC93 | dpl << 5, _FLAT, 0)
 
 
 def syscall(core: Core) -> None:
@@ -191,8 +189,8 @@ def syscall(core: Core) -> None:
         flags &= ~(VM86 | _IF | _RF)
     state.cpl = 0
     long = core.long
-    state.set_segment(CS, _flat_code(selector, 0, long=long))
-    state.set_segment(SS, _flat_stack(selector + 8 & 0xFFFF, 0))
+    state.set_segment(CS, *_flat_code(selector, 0, long=long))
+    state.set_segment(SS, *_flat_stack(selector + 8 & 0xFFFF, 0))
     state.rflags = flags
     state.rip = target
 
@@ -205,8 +203,8 @@ def sysenter(core: Core) -> None:
         core.advance(-2)
         raise GuestFault(UD) if core.long else GuestFault(GP, 0)
     state.cpl = 0
-    state.set_segment(CS, _flat_code(selector, 0, long=False))
-    state.set_segment(SS, _flat_stack(selector + 8 & 0xFFFF, 0))
+    state.set_segment(CS, *_flat_code(selector, 0, long=False))
+    state.set_segment(SS, *_flat_stack(selector + 8 & 0xFFFF, 0))
     state.rflags = state.rflags & ~(VM86 | _IF | _RF)
     state.gpr[4] = state.get("sysenter_esp") & 0xFFFFFFFF
     state.rip = state.get("sysenter_eip") & 0xFFFFFFFF

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-
-from kvmlaunch.abi.segment import Segment
+from typing import NamedTuple
 
 from .decode import Instruction, decode
 from .engine import CS, FETCH, GDTR, LDTR, READ, TR, WRITE, Engine, EngineState
@@ -13,7 +12,7 @@ from .options import CpuOptions
 from .pages import Pages
 from .walk import Walker
 
-__all__ = ["VM86", "Core", "parse_descriptor"]
+__all__ = ["VM86", "Core", "Descriptor", "parse_descriptor"]
 
 _PAGE = 0xFFF
 _WORD = 0xFFFFFFFF
@@ -22,13 +21,22 @@ VM86 = 1 << 17
 """RFLAGS.VM."""
 
 
-def parse_descriptor(selector: int, low: int, base_high: int = 0) -> Segment:
+class Descriptor(NamedTuple):
+    """A segment as it is loaded, with the parts of `Segment` (which checks them, and is slow)."""
+
+    selector: int = 0
+    attrib: int = 0
+    limit: int = 0
+    base: int = 0
+
+
+def parse_descriptor(selector: int, low: int, base_high: int = 0) -> Descriptor:
     """Return the segment that an 8-byte descriptor describes."""
     limit = (low & 0xFFFF) | (low >> 32 & 0xF0000)
     if low >> 55 & 1:
         limit = limit << 12 | 0xFFF
     base = (low >> 16 & 0xFFFFFF) | (low >> 32 & 0xFF000000) | base_high << 32
-    return Segment(selector, (low >> 40 & 0xFF) | (low >> 44 & 0xF00), limit, base)
+    return Descriptor(selector, (low >> 40 & 0xFF) | (low >> 44 & 0xF00), limit, base)
 
 
 class Core:
@@ -152,6 +160,13 @@ class Core:
 
     def load(self, linear: int, size: int, kind: int = READ, user: bool = False) -> bytes:
         """Read guest memory."""
+        if linear & _PAGE <= _PAGE + 1 - size and (linear <= _WORD or self.long):
+            try:
+                host = self.resolve(linear, kind, user)
+            except GuestFault as fault:
+                fault.address = linear
+                raise
+            return ctypes.string_at((host & ~_PAGE) + (linear & _PAGE), size)
         ranges = self.host_ranges(linear, size, kind, user)
         return b"".join(ctypes.string_at(host, part) for host, part in ranges)
 
@@ -243,7 +258,7 @@ class Core:
             raise GuestFault(vector, selector & 0xFFFC)
         return self.load_int(state.base(table) + offset, 8)
 
-    def stack_segment(self, selector: int, dpl: int, vector: int) -> Segment:
+    def stack_segment(self, selector: int, dpl: int, vector: int) -> Descriptor:
         """Return the stack segment of an inner privilege level, checked."""
         if not selector & 0xFFFC:
             raise GuestFault(vector, 0)

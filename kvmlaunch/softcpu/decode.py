@@ -6,6 +6,7 @@ Source: AMD APM volume 3, appendix A (opcode maps).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 __all__ = ["PREFIXES", "Instruction", "decode", "io_instructions"]
 
@@ -142,6 +143,7 @@ _BYTE_FORMS = _opcodes(
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def decode(code: bytes, bits: int) -> Instruction | None:
     """Decode the first instruction of `code` for a code segment of 16, 32 or 64 bits.
 

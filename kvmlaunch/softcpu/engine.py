@@ -122,8 +122,8 @@ class EngineState(Protocol):
         """Return a segment or table register."""
         ...
 
-    def set_segment(self, number: int, value: Segment) -> None:
-        """Load a segment or table register; doesn't change the CPL."""
+    def set_segment(self, number: int, selector: int, attrib: int, limit: int, base: int) -> None:
+        """Load a segment or table register, with the parts of `Segment`; not the CPL."""
         ...
 
     def base(self, number: int) -> int:

@@ -19,7 +19,7 @@ __all__ = ["Exits"]
 _RAX, _RCX, _RDX, _RBX = 0, 1, 2, 3
 _WORD = 0xFFFFFFFF
 _WITH_ERROR_CODE = frozenset((DF, TS, NP, SS_FAULT, GP, PF, AC))
-_INT3, _INTN, _INTO, _INT1 = 0xCC, 0xCD, 0xCE, 0xF1
+_INT3, _INTN, _INTO = 0xCC, 0xCD, 0xCE
 
 
 class Exits:
@@ -130,7 +130,7 @@ class Exits:
         core = self._core
         instruction = self._instruction()
         opcode = instruction.opcode
-        vector = {_INT3: 3, _INTO: 4, _INT1: 1}.get(opcode, instruction.immediate)
+        vector = {_INT3: 3, _INTO: 4}.get(opcode, instruction.immediate)
         state = core.state
         if opcode == _INTN and state.system_flags & 1 << 17 and state.system_flags >> 12 & 3 < 3:
             raise GuestFault(GP, 0)

@@ -9,10 +9,9 @@ Source: AMD APM volume 2, chapter 8.
 from __future__ import annotations
 
 import dataclasses
+import struct
 
-from kvmlaunch.abi.segment import Segment
-
-from .core import VM86, Core, parse_descriptor
+from .core import VM86, Core, Descriptor, parse_descriptor
 from .engine import CS, DS, ES, FS, GS, IDTR, SS, TR
 from .faults import DB, DF, GP, NP, PF, SS_FAULT, TS, VC, GuestFault
 
@@ -117,7 +116,7 @@ def _enter_long(core: Core, what: Delivery) -> None:
     if what.vector * 16 + 15 > state.limit(IDTR):
         raise GuestFault(GP, error)
     at = state.base(IDTR) + what.vector * 16
-    low, high = core.load_int(at, 8), core.load_int(at + 8, 8)
+    low, high = struct.unpack("<QQ", core.load(at, 16))
     kind, dpl = low >> 40 & 0x1F, low >> 45 & 3
     if kind not in (0xE, 0xF) or (what.software and dpl < state.cpl):
         raise GuestFault(GP, error)
@@ -150,10 +149,10 @@ def _enter_long(core: Core, what: Delivery) -> None:
     stack = stack - 8 * len(frame) & _QUAD
     if stack + (1 << 47) & 0xFFFF000000000000:
         raise GuestFault(SS_FAULT, 0)
-    data = b"".join(value.to_bytes(8, "little") for value in reversed(frame))
+    data = struct.pack(f"<{len(frame)}Q", *reversed(frame))
     core.store(stack, data, user=cpl == 3)
     if inner:
-        state.set_segment(SS, Segment(cpl, cpl << 5))
+        state.set_segment(SS, cpl, cpl << 5, 0, 0)
     state.gpr[4] = stack
     _jump(core, code, cpl, target, interrupt_gate=kind == 0xE)
 
@@ -181,7 +180,7 @@ def _enter_protected(core: Core, what: Delivery) -> None:
             frame += [state.selector(n) for n in (GS, FS, DS, ES)]
         frame += [state.selector(SS), state.gpr[4]]
     else:
-        stack_segment, stack = state.segment(SS), state.gpr[4]
+        stack_segment, stack = _current(core, SS), state.gpr[4]
     frame += [_pushed_flags(core, what), state.selector(CS), _return_address(core, what)]
     if what.error_code is not None:
         frame.append(what.error_code)
@@ -192,11 +191,11 @@ def _enter_protected(core: Core, what: Delivery) -> None:
     core.store(stack_segment.base + new_stack, data, user=cpl == 3)
     if from_vm86:
         for number in (DS, ES, FS, GS):
-            state.set_segment(number, Segment())
+            state.set_segment(number, 0, 0, 0, 0)
     flags = state.rflags
     if cpl < state.cpl:
         state.rflags = flags & ~VM86
-        state.set_segment(SS, stack_segment)
+        state.set_segment(SS, *stack_segment)
     state.gpr[4] = stack & ~wrap | new_stack
     _jump(core, code, cpl, target, interrupt_gate=not kind & 1)
 
@@ -213,12 +212,18 @@ def _enter_real(core: Core, what: Delivery) -> None:
     state.gpr[4] = state.gpr[4] & ~0xFFFF | stack
     state.rflags = state.rflags & ~(_IF | _TF | _AC)
     selector = entry >> 16
-    old = state.segment(CS)
-    state.set_segment(CS, dataclasses.replace(old, selector=selector, base=selector << 4))
+    state.set_segment(CS, selector, state.attrib(CS), state.limit(CS), selector << 4)
     state.rip = entry & 0xFFFF
 
 
-def _code_segment(core: Core, selector: int) -> tuple[Segment, int]:
+def _current(core: Core, number: int) -> Descriptor:
+    state = core.state
+    return Descriptor(
+        state.selector(number), state.attrib(number), state.limit(number), state.base(number)
+    )
+
+
+def _code_segment(core: Core, selector: int) -> tuple[Descriptor, int]:
     """Return a handler's code segment and the privilege level it runs at."""
     if not selector & 0xFFFC:
         raise GuestFault(GP, 0)
@@ -230,10 +235,10 @@ def _code_segment(core: Core, selector: int) -> tuple[Segment, int]:
     if not found.attrib & _P:
         raise GuestFault(NP, selector & 0xFFFC)
     level = cpl if found.attrib & 4 else dpl
-    return dataclasses.replace(found, selector=selector & 0xFFFC | level), level
+    return found._replace(selector=selector & 0xFFFC | level), level
 
 
-def _inner_stack(core: Core, cpl: int) -> tuple[Segment, int]:
+def _inner_stack(core: Core, cpl: int) -> tuple[Descriptor, int]:
     """Return SS and (E)SP of the TSS for an inner level, 16- or 32-bit TSS."""
     if core.state.attrib(TR) & 8:
         stack, selector = _tss(core, 4 + 8 * cpl, 4), _tss(core, 8 + 8 * cpl, 2)
@@ -249,10 +254,10 @@ def _tss(core: Core, offset: int, size: int) -> int:
     return core.load_int(state.base(TR) + offset, size)
 
 
-def _jump(core: Core, code: Segment, cpl: int, target: int, *, interrupt_gate: bool) -> None:
+def _jump(core: Core, code: Descriptor, cpl: int, target: int, *, interrupt_gate: bool) -> None:
     state = core.state
     state.cpl = cpl
-    state.set_segment(CS, code)
+    state.set_segment(CS, *code)
     cleared = _TF | _NT | _RF | VM86 | (_IF if interrupt_gate else 0)
     state.rflags = state.rflags & ~cleared
     state.rip = target

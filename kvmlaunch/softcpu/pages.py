@@ -18,6 +18,7 @@ from .options import CpuOptions
 __all__ = ["LARGE_PAGE", "Pages"]
 
 LARGE_PAGE = 2 << 20
+_MAX_TABLES = 4096
 _ACCESS = {READ: Access.READ, WRITE: Access.WRITE, FETCH: Access.FETCH}
 _RMP_READ, _RMP_WRITE, _RMP_USER, _RMP_SUPERVISOR = 1, 2, 4, 8
 
@@ -87,6 +88,8 @@ class Pages:
         found = self._tables.get((gpa, vmpl))
         if found is None:
             host = self._use_table(gpa, READ, vmpl)
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
             found = (
                 (ctypes.c_uint64 * 512).from_address(host),
                 (ctypes.c_uint32 * 1024).from_address(host),

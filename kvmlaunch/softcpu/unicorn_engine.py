@@ -45,6 +45,8 @@ _IO_OPCODE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f]")
 _OK, _INVALID_INSTRUCTION, _EXCEPTION = 0, 10, 21
 _UD = 0x46
 _HOST_BITS = 47
+_MAX_CODE_PAGES = _MAX_IO_HOOKS = 2048
+"""A guest must not make the engine grow for ever; at the limit it starts afresh."""
 
 # Exit codes 0x60 + bit: LTR (TR write), RDTSC, RDPMC, CPUID, RSM, software interrupts, INVD, HLT,
 # INVLPGA, MSR, SHUTDOWN, VMRUN..SKINIT, ICEBP, WBINVD, MONITOR, MWAIT.
@@ -162,12 +164,11 @@ class UnicornEngine:
         self._last: UnicornState | None = None
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._code_pages: dict[int, int] = {}
-        self._io_addresses: set[int] = set()
+        self._io_hooks: dict[int, ctypes.c_size_t] = {}
         self._new_io: list[tuple[int, int, list[int]]] = []
         self._skip = -1
         self.ticks_left = 0
         self.fault_address = 0
-        self._callbacks: list[Any] = []
         self._add_hooks()
         weakref.finalize(self, _free_contexts, self._contexts)
         self._fault_field = ctypes.c_uint64()
@@ -262,7 +263,9 @@ class UnicornEngine:
             found = entry.contents
             found.address = granted & ~_PAGE
             found.rights = granted & _PAGE
-            if kind == 18:
+            if granted & FETCH:
+                if len(self._code_pages) >= _MAX_CODE_PAGES:
+                    self.flush_tlb()
                 self._code_pages[page] = granted & ~_PAGE
         except BaseException as error:
             self._error = error
@@ -280,7 +283,7 @@ class UnicornEngine:
             assert state is not None
             _lib.uc_context_save(self._handle, self._contexts[id(state)])
             places = io_instructions(code, state.bits, found.count)
-            new = [p for p in places if address + p not in self._io_addresses]
+            new = [p for p in places if address + p not in self._io_hooks]
             if new:
                 self._new_io.append((address, size, new))
                 _lib.uc_emu_stop(self._handle)
@@ -308,11 +311,15 @@ class UnicornEngine:
         return code
 
     def _hook_io(self) -> None:
+        if len(self._io_hooks) >= _MAX_IO_HOOKS:
+            for hook in self._io_hooks.values():
+                self._call("uc_hook_del", hook)
+            self._io_hooks.clear()
+            self.flush_code()
         for address, size, places in self._new_io:
             for place in places:
                 at = address + place
-                self._io_addresses.add(at)
-                self._hook(const.UC_HOOK_CODE, self._io_callback, at, at)
+                self._io_hooks[at] = self._hook(const.UC_HOOK_CODE, self._io_callback, at, at)
             _lib.uc_ctl(
                 self._handle,
                 _TB_REMOVE,
@@ -385,11 +392,13 @@ class UnicornEngine:
                 data=state,
                 extra=(ctypes.c_int(instruction),),
             )
-        me = weakref.ref(self)  # the callbacks must not keep the engine alive
-        self._hook(const.UC_HOOK_TLB_FILL, _FILL(lambda *a: me()._on_fill(*a)))  # type: ignore[union-attr]
-        edge = _EDGE(lambda *a: me()._on_new_block(*a))  # type: ignore[union-attr]
-        self._hook(const.UC_HOOK_EDGE_GENERATED, edge)
-        self._io_callback = _CODE(lambda *a: me()._on_io(*a))  # type: ignore[union-attr]
+        me = weakref.proxy(self)  # the callbacks must not keep the engine alive
+        # What is called from C has to live as long as the engine.
+        self._fill_callback = _FILL(lambda *a: me._on_fill(*a))
+        self._block_callback = _EDGE(lambda *a: me._on_new_block(*a))
+        self._io_callback = _CODE(lambda *a: me._on_io(*a))
+        self._hook(const.UC_HOOK_TLB_FILL, self._fill_callback)
+        self._hook(const.UC_HOOK_EDGE_GENERATED, self._block_callback)
 
     def _hook(
         self,
@@ -399,11 +408,11 @@ class UnicornEngine:
         last: int = 0,
         data: Any = None,
         extra: tuple[Any, ...] = (),
-    ) -> None:
-        self._callbacks.append(callback)
+    ) -> ctypes.c_size_t:
+        handle = ctypes.c_size_t()
         self._call(
             "uc_hook_add",
-            ctypes.byref(ctypes.c_size_t()),
+            ctypes.byref(handle),
             ctypes.c_int(kind),
             callback,
             data,
@@ -411,6 +420,7 @@ class UnicornEngine:
             ctypes.c_uint64(last),
             *extra,
         )
+        return handle
 
     def _call(self, name: str, *arguments: Any) -> None:
         result = getattr(_lib, name)(self._handle, *arguments)

@@ -153,11 +153,11 @@ class UnicornState:
         s = self._segments[number]
         return Segment(s.selector & 0xFFFF, self.attrib(number), s.limit, s.base)
 
-    def set_segment(self, number: int, value: Segment) -> None:
+    def set_segment(self, number: int, selector: int, attrib: int, limit: int, base: int) -> None:
         """Load a segment or table register."""
         s = self._segments[number]
-        s.selector, s.base, s.limit = value.selector, value.base, value.limit
-        s.flags = (value.attrib & 0xFF) << 8 | (value.attrib & 0xF00) << 12
+        s.selector, s.base, s.limit = selector, base, limit
+        s.flags = (attrib & 0xFF) << 8 | (attrib & 0xF00) << 12
         self._refresh()
 
     def set_cr0(self, value: int) -> None:

@@ -72,6 +72,10 @@ def _is_tss(tr: Segment) -> bool:
     return bool(tr.attrib & 0x80) and tr.attrib & 0x17 in (1, 3)
 
 
+def _put_segment(state: EngineState, number: int, value: Segment) -> None:
+    state.set_segment(number, value.selector, value.attrib, value.limit, value.base)
+
+
 def load(state: EngineState, vmsa: Vmsa) -> Loaded:
     """Load a state that breaks no rule."""
     loaded = Loaded(vmsa)
@@ -82,9 +86,9 @@ def load(state: EngineState, vmsa: Vmsa) -> Loaded:
     state.cr[2], state.cr[3] = vmsa.cr2, vmsa.cr3
     state.rflags = vmsa.rflags & 0x3F7FD7 & ~0x28
     for number, name in enumerate(SEGMENT_NAMES):
-        state.set_segment(number, getattr(vmsa, name))
+        _put_segment(state, number, getattr(vmsa, name))
     if loaded.tr_replaced:
-        state.set_segment(TR, _NO_TSS)
+        _put_segment(state, TR, _NO_TSS)
     state.cpl = vmsa.cpl
     state.rip = vmsa.rip
     for number, name in enumerate(GPR_NAMES):

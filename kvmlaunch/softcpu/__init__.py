@@ -34,7 +34,7 @@ from .events import (
     Vmmcall,
 )
 from .memory import Access, GuestMemory, Missing, RmpEntry
-from .options import CpuOptions, Cpuid
+from .options import Cpuid, CpuOptions
 
 __all__ = [
     "Access",

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from kvmlaunch.abi.vmsa import Vmsa
 
-from .events import Event, InvalidState
+from .core import Core
+from .engine import GPR_NAMES, READ, Stop
+from .events import (
+    Budget,
+    Event,
+    InterruptWindow,
+    InvalidState,
+    MmioRead,
+    MmioWrite,
+    Shutdown,
+)
+from .exits import Exits
+from .faults import GP, PF, GuestFault, HostFault, MmioFault
+from .inject import Delivery, TripleFault, deliver
 from .memory import GuestMemory
+from .mmio import Mmio
+from .msr import NativeMsrs
 from .options import CpuOptions
+from .pages import Pages
+from .unicorn_engine import UnicornEngine
+from .vmsa_state import Loaded, broken_rule, load, save
 
 __all__ = ["Machine", "SoftCpu"]
+
+_EXIT_TICKS = 16
+"""What a stop of the engine costs, so that no loop of exceptions runs for ever."""
+_IF = 1 << 9
+_NMI = 2
 
 
 class Machine:
@@ -16,80 +39,336 @@ class Machine:
 
     Raises:
         MissingCapability: the engine isn't installed.
+        UnsupportedEngine: it is, but another version than this package knows.
     """
 
     def __init__(self, memory: GuestMemory, options: CpuOptions) -> None:
-        self.memory = memory
         self.options = options
+        self.ticks = 0
+        """What all CPUs have run together; the TSC counts it."""
+        self._engine = UnicornEngine(exit_on_pause=options.exit_on_pause)
+        self._pages = Pages(memory, options)
 
     def new_cpu(self) -> SoftCpu:
         """Return a CPU without state; `SoftCpu.load` gives it one."""
-        raise NotImplementedError
+        core = Core(self._engine, self._engine.new_state(), self._pages, self.options)
+        return SoftCpu(self, core)
 
     def flush(self) -> None:
         """Forget all translations: pages have moved, changed sides or rights."""
-        raise NotImplementedError
+        self._engine.flush_tlb()
+        self._pages.flush()
+
+    def flush_code(self) -> None:
+        """Forget translated code too: somebody else than the CPUs has written to memory."""
+        self.flush()
+        self._engine.flush_code()
 
 
 class SoftCpu:
     """One CPU (at one VMPL, which the VMSA names)."""
 
-    ghcb: int
-    """The GHCB MSR, for the hypervisor's answer. 0 after `load`."""
-    want_window: bool
-    """Stop with `InterruptWindow` as soon as an interrupt can be injected."""
-    ticks: int
-    """Ticks that this CPU has run since it was made."""
+    def __init__(self, machine: Machine, core: Core) -> None:
+        self._machine = machine
+        self._core = core
+        self._msrs = NativeMsrs(core)
+        self._exits = Exits(core, self._msrs, self._tsc)
+        self._loaded: Loaded | None = None
+        self._stopped: Event | None = InvalidState("no VMSA was loaded")
+        self._pending: tuple[Delivery, int] | None = None
+        self._mmio: Mmio | None = None
+        self.ticks = 0
+        """Ticks that this CPU has run since it was made."""
+        self.want_window = False
+        """Stop with `InterruptWindow` as soon as an interrupt can be injected."""
+
+    # -- state
 
     def load(self, vmsa: Vmsa) -> InvalidState | None:
-        """Take the whole state from a VMSA, as the first VMRUN does."""
-        raise NotImplementedError
+        """Take the whole state from a VMSA, as the first VMRUN does; None if it can run."""
+        self._pending = self._mmio = None
+        self._exits.reset()
+        rule = broken_rule(vmsa, self._core.options)
+        if rule is not None:
+            self._stopped = invalid = InvalidState(rule)
+            return invalid
+        self._stopped = None
+        self._loaded = load(self._core.state, vmsa)
+        self._core.vmpl = vmsa.vmpl
+        self._msrs.load(vmsa)
+        self._exits.sev_features = vmsa.sev_features
+        return None
 
     def save(self) -> Vmsa:
-        """Return the state, as the processor writes it to the VMSA when the guest exits."""
-        raise NotImplementedError
+        """Return the state, as the processor writes it to the VMSA when the guest exits.
 
-    def run(self, ticks: int) -> Event:
-        """Run until an event, or for about `ticks` ticks (one block more at most)."""
-        raise NotImplementedError
+        Raises:
+            RuntimeError: no VMSA was loaded.
+        """
+        if self._loaded is None:
+            raise RuntimeError("a CPU without state has no VMSA")
+        return self._msrs.save(save(self._core.state, self._loaded))
 
-    def complete(self, value: int = 0) -> None:
-        """Finish the instruction of `IoRead`, `MmioRead`, `MsrRead` or `MsrWrite`."""
-        raise NotImplementedError
+    @property
+    def ghcb(self) -> int:
+        """The GHCB MSR, for the hypervisor's answer. 0 after `load`."""
+        return self._msrs.ghcb
 
-    def refuse(self) -> None:
-        """Answer `MsrRead` or `MsrWrite` with #GP(0)."""
-        raise NotImplementedError
+    @ghcb.setter
+    def ghcb(self, value: int) -> None:
+        self._msrs.ghcb = value
+
+    @property
+    def vmpl(self) -> int:
+        """The VMPL, from the VMSA."""
+        return self._core.vmpl
 
     def read(self, name: str) -> int:
-        """Return a register: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer, dr0..dr7."""
-        raise NotImplementedError
+        """Return a register: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer, dr0..dr7.
+
+        Raises:
+            KeyError: no such register.
+        """
+        state = self._core.state
+        if name in GPR_NAMES:
+            return state.gpr[GPR_NAMES.index(name)]
+        if name in ("rip", "rflags", "efer", "cpl"):
+            return int(getattr(state, name))
+        if name == "cr8":
+            return self._exits.cr8
+        if name in ("cr0", "cr2", "cr3", "cr4"):
+            return state.cr[int(name[2])]
+        if name[:2] == "dr" and name[2:] in ("0", "1", "2", "3", "6", "7"):
+            return state.dr[int(name[2])]
+        raise KeyError(name)
 
     def write(self, name: str, value: int) -> None:
-        """Change such a register."""
-        raise NotImplementedError
+        """Change a general register, rip, rflags or cr2 (others: `save`, change and `load`).
+
+        Raises:
+            KeyError: no such register, or not one of these.
+        """
+        state = self._core.state
+        if name in GPR_NAMES:
+            state.gpr[GPR_NAMES.index(name)] = value
+        elif name == "rip":
+            state.rip = value
+        elif name == "rflags":
+            state.rflags = value
+        elif name == "cr2":
+            state.cr[2] = value
+        else:
+            raise KeyError(name)
+
+    # -- running
+
+    def run(self, ticks: int) -> Event:
+        """Run until an event, or for about `ticks` ticks (one block more at most).
+
+        Raises:
+            RuntimeError: an `IoRead`, `MmioRead` or the like waits for `complete`.
+        """
+        if self._stopped is not None:
+            return self._stopped
+        if self._exits.waiting:
+            raise RuntimeError("the last event wants an answer: complete() or refuse()")
+        core, left = self._core, ticks
+        while True:
+            event = self._before_entry()
+            if event is not None:
+                return event
+            if self.want_window and self.interruptible:
+                return InterruptWindow()
+            if left <= 0:
+                return Budget()
+            given = 1 if self.want_window else left
+            code = core.engine.run(core.state, core, given)
+            used = given - core.engine.ticks_left + _EXIT_TICKS
+            left -= used
+            self.ticks += used
+            self._machine.ticks += used
+            event = self._after_exit(code)
+            if event is not None:
+                return event
+
+    def _before_entry(self) -> Event | None:
+        """Do what was left undone: an event to deliver, a device access to finish."""
+        if self._pending is not None:
+            (what, address), self._pending = self._pending, None
+            return self._deliver(what, address)
+        if self._mmio is not None:
+            mmio, self._mmio = self._mmio, None
+            return self._step(mmio)
+        return None
+
+    def _after_exit(self, code: int) -> Event | None:
+        try:
+            if code == Stop.MEMORY:
+                return self._memory_fault()
+            return self._exits.handle(code)
+        except GuestFault as fault:
+            what = Delivery(fault.vector, fault.error_code)
+            return self._deliver(what, fault.address)
+        except HostFault as fault:
+            return fault.event
+        except TripleFault as fault:
+            return self._shut_down(fault.vectors)
+        except MmioFault as fault:
+            # Not by the engine's own access: INS to a device and the like.
+            return self._deliver(Delivery(GP, 0), fault.gpa)
+
+    def _memory_fault(self) -> Event | None:
+        core = self._core
+        fault, core.fault = core.fault, None
+        address = core.engine.fault_address
+        if not core.long:
+            address &= 0xFFFFFFFF
+        if isinstance(fault, GuestFault):
+            if fault.vector == PF:
+                fault.address = address
+                if self._is_change(fault):
+                    fault.error_code = (fault.error_code or 0) | 2
+            raise fault
+        if isinstance(fault, MmioFault):
+            return self._start_mmio(address, fault)
+        assert fault is not None
+        event = fault.event
+        if not event.walk:
+            event = type(event)(
+                event.gpa | (address & 0xFFF), event.access, event.private, event.reason
+            )
+        return event
+
+    def _is_change(self, fault: GuestFault) -> bool:
+        """Whether a refused read is the first half of a read-modify-write."""
+        if (fault.error_code or 0) & 0x12:
+            return False
+        instruction = self._core.instruction()
+        return instruction is not None and instruction.changes_memory
+
+    def _start_mmio(self, address: int, fault: MmioFault) -> Event | None:
+        mmio = Mmio(self._core, address, fault.gpa)
+        if fault.write:
+            return self._step(mmio)
+        self._exits.wait(lambda value: self._finish_read(mmio, value))
+        return MmioRead(mmio.gpa, mmio.size)
+
+    def _finish_read(self, mmio: Mmio, value: int) -> None:
+        mmio.provide(value)
+        self._mmio = mmio
+
+    def _step(self, mmio: Mmio) -> MmioWrite | Event | None:
+        code, write = mmio.step()
+        if code is None:
+            return write
+        event = self._after_exit(code)
+        return write or event
+
+    def complete(self, value: int = 0) -> None:
+        """Finish the instruction of `IoRead`, `MmioRead`, `MsrRead` or `MsrWrite`.
+
+        Raises:
+            RuntimeError: nothing waits for an answer.
+        """
+        try:
+            self._exits.complete(value)
+        except GuestFault as fault:
+            self._pending = (Delivery(fault.vector, fault.error_code), fault.address)
+
+    def refuse(self) -> None:
+        """Answer `MsrRead` or `MsrWrite` with #GP(0).
+
+        Raises:
+            RuntimeError: nothing waits for an answer.
+        """
+        self._exits.forget()
+        self._pending = (Delivery(GP, 0), 0)
+
+    def _tsc(self) -> int:
+        return self._machine.ticks // self._core.options.ticks_per_tsc
+
+    # -- events for the guest
 
     @property
     def interruptible(self) -> bool:
         """Whether an interrupt can be injected now: IF set, no interrupt shadow."""
-        raise NotImplementedError
+        state = self._core.state
+        blocked = self._pending is not None or self._mmio is not None or state.shadow
+        return bool(state.system_flags & _IF) and not blocked
+
+    @property
+    def nmi_blocked(self) -> bool:
+        """Whether an NMI is being handled (until IRET)."""
+        return self._core.state.catch_iret
 
     def inject_interrupt(self, vector: int) -> Event | None:
-        """Deliver an external interrupt through the guest's IDT, now; an event if that fails."""
-        raise NotImplementedError
+        """Deliver an external interrupt through the guest's IDT, now; an event if that fails.
+
+        Raises:
+            RuntimeError: the CPU isn't `interruptible`.
+        """
+        if not self.interruptible:
+            raise RuntimeError("the CPU can't take an interrupt now")
+        return self._deliver(Delivery(vector, external=True), 0)
 
     def inject_nmi(self) -> Event | None:
-        """Deliver an NMI; it waits while another one is being handled."""
-        raise NotImplementedError
+        """Deliver an NMI; an event if that fails.
 
-    def inject_exception(self, vector: int, error_code: int | None = None) -> Event | None:
-        """Deliver an exception, with an error code or without one."""
-        raise NotImplementedError
+        Raises:
+            RuntimeError: another one is being handled.
+        """
+        if self.nmi_blocked or self._pending is not None:
+            raise RuntimeError("the CPU can't take an NMI now")
+        self._core.state.catch_iret = True
+        return self._deliver(Delivery(_NMI, external=True), 0)
+
+    def inject_exception(
+        self, vector: int, error_code: int | None = None, address: int = 0
+    ) -> Event | None:
+        """Deliver an exception, with an error code or without one; `address` is CR2 of a #PF."""
+        return self._deliver(Delivery(vector, error_code), address)
+
+    def _deliver(self, what: Delivery, address: int) -> Event | None:
+        if self._stopped is not None:
+            return self._stopped
+        try:
+            deliver(self._core, what, address)
+        except TripleFault as fault:
+            return self._shut_down(fault.vectors)
+        except HostFault as fault:
+            self._pending = (what, address)
+            return fault.event
+        except MmioFault:  # IDT or stack in a device
+            return self._shut_down((what.vector,))
+        return None
+
+    def _shut_down(self, vectors: tuple[int, ...]) -> Shutdown:
+        self._stopped = shutdown = Shutdown(vectors)
+        return shutdown
+
+    # -- looking in
 
     def read_linear(self, address: int, size: int) -> bytes | None:
         """Return guest memory by linear address, as a debugger sees it; None if it isn't there."""
-        raise NotImplementedError
+        try:
+            return self._core.load(address, size, READ)
+        except (GuestFault, HostFault, MmioFault):
+            return None
 
     def write_linear(self, address: int, data: bytes) -> bool:
         """Write guest memory by linear address, as a debugger does; False if it isn't there."""
-        raise NotImplementedError
+        try:
+            self._core.store(address, data)
+        except (GuestFault, HostFault, MmioFault):
+            return False
+        return True
+
+    @property
+    def linear_rip(self) -> int:
+        """RIP as a linear address."""
+        return self._core.linear_rip
+
+    @property
+    def code_bits(self) -> int:
+        """Size of the code segment: 16, 32 or 64."""
+        return self._core.state.bits

@@ -1,0 +1,4 @@
+BLOCK: int
+INTERRUPT: int
+SYSCALL: int
+SYSENTER: int

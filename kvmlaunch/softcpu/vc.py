@@ -1,0 +1,57 @@
+"""Which exits of an SNP guest become #VC (non-automatic) and which go to the hypervisor.
+
+Automatic exits are HLT, PAUSE, shutdown, nested page faults and VMGEXIT; all else that KVM
+intercepts is #VC with the exit code as error code. Sources: AMD APM volume 2, 15.35.4 and table
+15-33 for the kinds; Linux svm.c, init_vmcb, and sev.c, sev_es_init_vmcb for what is intercepted.
+"""
+
+from __future__ import annotations
+
+from kvmlaunch.abi.vmsa import SEV_FEATURES
+
+__all__ = [
+    "CPUID",
+    "DEBUG_SWAP",
+    "EXCEPTION",
+    "HLT",
+    "IOIO",
+    "IRET",
+    "LTR",
+    "MSR",
+    "PAUSE",
+    "RDTSC",
+    "RDTSCP",
+    "READ_CR8",
+    "READ_DR",
+    "SHUTDOWN",
+    "SOFTWARE_INTERRUPT",
+    "VC_EXCEPTIONS",
+    "VC_EXITS",
+    "VMMCALL",
+    "WRITE_CR0",
+    "WRITE_CR4",
+    "WRITE_CR8",
+    "WRITE_DR",
+]
+
+READ_CR8, WRITE_CR0, WRITE_CR4, WRITE_CR8 = 0x08, 0x10, 0x14, 0x18
+READ_DR, WRITE_DR = 0x27, 0x37
+EXCEPTION = 0x40
+"""Plus the vector."""
+LTR, RDTSC, CPUID, IRET = 0x6D, 0x6E, 0x72, 0x74
+SOFTWARE_INTERRUPT, PAUSE, HLT, IOIO, MSR, SHUTDOWN = 0x75, 0x77, 0x78, 0x7B, 0x7C, 0x7F
+VMMCALL, RDTSCP = 0x81, 0x87
+
+VC_EXITS = frozenset(
+    (
+        *(0x6F, 0x72, 0x73, 0x76, 0x7A),  # RDPMC, CPUID, RSM, INVD, INVLPGA
+        *range(0x80, 0x87),  # VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI, CLGI, SKINIT
+        *(0x89, 0x8A, 0x8B),  # WBINVD, MONITOR, MWAIT
+    )
+)
+"""Exit codes that are always #VC. Others depend: IOIO, MSR, RDTSC, DR7."""
+
+VC_EXCEPTIONS = frozenset((1, 17))
+"""#DB and #AC, which KVM intercepts; #DB not with DebugSwap."""
+
+DEBUG_SWAP = 1 << SEV_FEATURES["debug_swap"]

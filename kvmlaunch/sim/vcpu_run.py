@@ -51,7 +51,6 @@ class VcpuRun:
         """What the next KVM_RUN does first (complete_userspace_io)."""
         self.exception: tuple[int, int | None] | None = None
         self._loaded = False
-        self._new_cr8: int | None = None
         self._interrupt_flag = self._interruptible = False
         self._handlers: dict[type[Any], Callable[[Any], int]] = {
             Budget: self._nothing,
@@ -100,7 +99,7 @@ class VcpuRun:
         if not vm.irq.in_kernel:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)
-            vcpu.state.cr8 = self._new_cr8 = run.cr8
+            vcpu.state.cr8 = run.cr8
         complete, self.complete = self.complete, None
         if complete is not None and not complete():
             return False
@@ -187,9 +186,6 @@ class VcpuRun:
         vcpu.has_run = True
         if not self._load():
             return self._fail_entry(None)
-        if self._new_cr8 is not None and vcpu.sev_es is None:
-            self.live_cpu.write("cr8", self._new_cr8)
-        self._new_cr8 = None
         event = self._inject()
         if event is not None:
             return self._handle(event)
@@ -215,7 +211,6 @@ class VcpuRun:
             return False
         self.cpu.ghcb = ghcb
         self._loaded = True
-        self._new_cr8 = vcpu.state.cr8 if vcpu.sev_es is None else None
         return True
 
     def save(self) -> Vmsa | None:

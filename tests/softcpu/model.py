@@ -7,6 +7,8 @@ import dataclasses
 import mmap
 from collections.abc import Callable
 
+import pytest
+
 from kvmlaunch.abi.segment import Segment
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.softcpu import CpuOptions, Event, Machine, Missing, SoftCpu
@@ -124,6 +126,7 @@ class Guest:
     """A machine with one CPU, and code in its memory."""
 
     def __init__(self, *, snp: bool, memory: Memory | None = None, **options: object) -> None:
+        pytest.importorskip("unicorn", reason="unicorn, the software CPU's engine, isn't there")
         self.memory = memory or Memory(snp=snp)
         self.snp = snp
         self.machine = Machine(

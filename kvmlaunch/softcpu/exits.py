@@ -132,7 +132,7 @@ class Exits:
         opcode = instruction.opcode
         vector = {_INT3: 3, _INTO: 4}.get(opcode, instruction.immediate)
         state = core.state
-        if opcode == _INTN and state.system_flags & 1 << 17 and state.system_flags >> 12 & 3 < 3:
+        if opcode == _INTN and state.rflags & 1 << 17 and state.rflags >> 12 & 3 < 3:
             raise GuestFault(GP, 0)
         what = Delivery(vector, software=True, length=instruction.length)
         deliver(core, what)

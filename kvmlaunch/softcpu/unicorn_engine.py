@@ -72,8 +72,8 @@ _TB_REMOVE, _TB_FLUSH, _TLB_FLUSH = _control_call(9, 2), _control_call(10), _con
 
 _OTHER_FORM = "this version of unicorn keeps its CPU state in another form"
 _PROBE_ADDRESS = 0x7ADEF123456788
-_PROBE = b"\x48\xb8" + _PROBE_ADDRESS.to_bytes(8, "little") + b"\x8b\x18"
-"""mov rax, address; mov ebx, [rax]"""
+_PROBE = b"\xeb\x00\xe4\x10\x48\xb8" + _PROBE_ADDRESS.to_bytes(8, "little") + b"\x8b\x18"
+"""jmp behind itself; in al, 0x10; mov rax, address; mov ebx, [rax]"""
 
 
 class UnsupportedEngine(KvmLaunchError):
@@ -328,13 +328,6 @@ class UnicornEngine:
             )
         self._new_io.clear()
 
-    def compute_rflags(self, state: UnicornState) -> int:
-        """Return RFLAGS with the arithmetic flags, which unicorn works out when asked."""
-        _lib.uc_context_restore(self._handle, self._contexts[id(state)])
-        value = ctypes.c_uint64()
-        _lib.uc_reg_read(self._handle, x86.UC_X86_REG_RFLAGS, ctypes.byref(value))
-        return value.value
-
     def load_fpu_control(self, state: UnicornState, mxcsr: int, fcw: int) -> None:
         """Load MXCSR and FCW, from which unicorn derives rounding modes."""
         context = self._contexts[id(state)]
@@ -349,7 +342,7 @@ class UnicornEngine:
     def _check_layout(self) -> ctypes.c_uint64:
         """Compare `Env` with what unicorn's own calls say; return where it keeps fault addresses.
 
-        This also executes the first block of code, which unicorn doesn't report as a new one.
+        This also executes a first block of code to its end: unicorn reports no new block before.
         """
         if _lib.uc_context_size(self._handle) != CONTEXT_HEADER + ctypes.sizeof(Env):
             raise UnsupportedEngine(_OTHER_FORM)
@@ -360,6 +353,9 @@ class UnicornEngine:
         host = (ctypes.addressof(code) + _PAGE) & ~_PAGE
         ctypes.memmove(host, _PROBE, len(_PROBE))
         state.rip = 0x1000
+        if self.run(state, _ProbeFill(host), 1000) != Stop.IO:
+            raise UnsupportedEngine("this version of unicorn doesn't report new blocks of code")
+        state.rip += 2
         self.run(state, _ProbeFill(host), 1000)
         env, known = state.env, self._uc.reg_read
         for field, value in (

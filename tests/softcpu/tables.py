@@ -9,7 +9,7 @@ from tests.softcpu.model import PAGE, Guest
 
 # Selectors of the GDT below.
 CODE32, DATA, CODE64, USER_CODE32, USER_DATA, USER_CODE64, TSS = 8, 16, 24, 32, 40, 48, 56
-GDT_AT, IDT_AT, TSS_AT, HANDLER = 0x2000, 0x2800, 0x3000, 0x4000
+GDT_AT, IDT_AT, TSS_AT, HANDLER = 0x2000, 0x2800, 0x3800, 0x4000
 PML4, PDPT, PD, PT = 0x10000, 0x11000, 0x12000, 0x13000
 
 _GDT = (
@@ -20,11 +20,11 @@ _GDT = (
     0x00CFFB000000FFFF,  # USER_CODE32
     0x00CFF3000000FFFF,  # USER_DATA
     0x00AFFB000000FFFF,  # USER_CODE64
-    0x0000890030000067,  # TSS, available, base TSS_AT
+    0x0000890038000067,  # TSS, available, base TSS_AT
     0,
 )
 GDTR = Segment(0, 0, 8 * len(_GDT) - 1, GDT_AT)
-IDTR = Segment(0, 0, 0x7FF, IDT_AT)
+IDTR = Segment(0, 0, 0xFFF, IDT_AT)
 TR = Segment(TSS, 0x8B, 0x67, TSS_AT)
 USER = {
     "cs": Segment(USER_CODE32 | 3, 0xCFB, 0xFFFFFFFF, 0),

@@ -40,7 +40,7 @@ class Memory:
         self.snp = snp
         self.private = mmap.mmap(-1, size)
         self.shared = mmap.mmap(-1, size)
-        self._bases = [
+        self.bases = [
             ctypes.addressof(ctypes.c_char.from_buffer(memory))
             for memory in (self.shared, self.private)
         ]
@@ -58,7 +58,7 @@ class Memory:
             return Missing.MMIO
         if gpa >= self.size or (self.snp and private != (gpa in self.rmp)):
             return Missing.ABSENT
-        return self._bases[private] + gpa
+        return self.bases[private] + gpa
 
     def rmp_lookup(self, gpa: int) -> Entry:
         return self.rmp[gpa]

@@ -8,7 +8,7 @@ import pytest
 
 from kvmlaunch.abi.reset import qemu_reset
 from kvmlaunch.abi.segment import Segment
-from kvmlaunch.softcpu import Halt, Shutdown
+from kvmlaunch.softcpu import Halt, Missing, Shutdown
 from tests.softcpu.model import FLAT_CODE64, FLAT_DATA, Entry, Guest, Memory
 from tests.softcpu.tables import (
     ALL,
@@ -21,6 +21,9 @@ from tests.softcpu.tables import (
     PDPT,
     PML4,
     PT,
+    USER,
+    frame32,
+    gate32,
     identity_map,
     put_gdt,
     start_long,
@@ -33,6 +36,18 @@ REAL = {
     "cs": Segment(0, 0x9B, 0xFFFF, 0),
     "cr0": 0x10,
 }
+
+
+class TopOf4GiB(Memory):
+    """The last page below 4 GiB is backed by the last one of this memory."""
+
+    def resolve(self, gpa: int, private: bool) -> int | Missing:
+        return super().resolve(gpa & self.size - 1 if gpa == 0xFFFFF000 else gpa, private)
+
+    def rmp_lookup(self, gpa: int) -> Entry:
+        return Entry(gpa=gpa)
+
+
 both = pytest.mark.parametrize("snp", [False, True], ids=["plain", "snp"])
 
 
@@ -49,17 +64,7 @@ def test_run_when_real_mode_uses_segments(snp: bool) -> None:
 
 def test_run_when_reset_vector_starts_at_the_top_of_4_gib() -> None:
     """F000:FFF0 with CS base FFFF0000: the last 16 bytes below 4 GiB."""
-    guest = Guest(snp=True)
-
-    class Top(Memory):
-        def resolve(self, gpa: int, private: bool) -> object:  # type: ignore[override]
-            return super().resolve(gpa & 0x1FFFFF if gpa >= 0xFFFFF000 else gpa, private)
-
-        def rmp_lookup(self, gpa: int) -> Entry:
-            return Entry(gpa=gpa)
-
-    memory = Top(snp=True)
-    guest = Guest(snp=True, memory=memory)
+    guest = Guest(snp=True, memory=TopOf4GiB(snp=True))
     guest.put(0x1FFFF0, bytes.fromhex("ea00100000"))  # jmp 0:0x1000
     guest.put(0x1000, bytes.fromhex("8cc8 f4"))  # mov ax,cs; hlt
     vmsa = qemu_reset(0xFFFFFFF0, signature=0x800F12, sev_features=1)
@@ -202,8 +207,6 @@ def test_run_when_guest_loads_tr_the_tss_becomes_busy() -> None:
 def test_run_when_ltr_has_no_tss_is_general_protection(selector: int, error: int) -> None:
     guest = Guest(snp=True)
     start_protected(guest, b"\x66\xb8" + struct.pack("<H", selector) + bytes.fromhex("0f00d8"))
-    from tests.softcpu.tables import frame32, gate32
-
     gate32(guest, 13)
     guest.put(0x4000, b"\xf4")
     assert guest.cpu.run(1000) == Halt()
@@ -213,17 +216,13 @@ def test_run_when_ltr_has_no_tss_is_general_protection(selector: int, error: int
 def test_run_when_tr_is_garbage_inner_call_is_an_exception_not_a_crash() -> None:
     """The engine aborts the process for a TSS that isn't one."""
     guest = Guest(snp=True)
-    put_gdt(guest)
-    guest.put(0x2040, struct.pack("<Q", 0x0000EC0000081100))  # call gate, DPL 3, to CODE32
-    from tests.softcpu.tables import USER
-
     start_protected(
         guest,
         bytes.fromhex("9a000000004300"),  # call 0x43:0
         tr=Segment(0, 0, 0, 0),
         **USER,
     )
-    guest.put(0x2040, struct.pack("<Q", 0x0000EC0000081100))
+    guest.put(0x2040, struct.pack("<Q", 0x0000EC0000081100))  # call gate, DPL 3, to CODE32
     assert isinstance(guest.cpu.run(1000), Shutdown)
     assert guest.cpu.save().tr == Segment(0, 0, 0, 0)
 

@@ -81,7 +81,7 @@ class Core:
                 cr[3],
                 cr[4],
                 state.efer,
-                state.system_flags,
+                state.rflags,
             )
             return self.pages.use(gpa, private, kind, user, self.vmpl) & (rights | ~7)
         except GuestFault as fault:
@@ -114,7 +114,7 @@ class Core:
         cr = state.cr
         page = linear & ~_PAGE & _QUAD
         gpa, private, rights = self.walker.walk(
-            page, kind, user, self.vmpl, cr[0], cr[3], cr[4], state.efer, state.system_flags
+            page, kind, user, self.vmpl, cr[0], cr[3], cr[4], state.efer, state.rflags
         )
         return self.pages.use(gpa, private, kind, user, self.vmpl) & (rights | ~7)
 
@@ -131,7 +131,7 @@ class Core:
             cr[3],
             cr[4],
             state.efer,
-            state.system_flags,
+            state.rflags,
         )
         return gpa | (linear & _PAGE), private
 
@@ -191,7 +191,7 @@ class Core:
     @property
     def protected(self) -> bool:
         """Whether CR0.PE is set and this isn't virtual-8086 mode."""
-        return bool(self.state.cr[0] & 1) and not self.state.system_flags & VM86
+        return bool(self.state.cr[0] & 1) and not self.state.rflags & VM86
 
     @property
     def linear_rip(self) -> int:

@@ -294,7 +294,7 @@ class SoftCpu:
         """Whether an interrupt can be injected now: IF set, no interrupt shadow."""
         state = self._core.state
         blocked = self._pending is not None or self._mmio is not None or state.shadow
-        return bool(state.system_flags & _IF) and not blocked
+        return bool(state.rflags & _IF) and not blocked
 
     @property
     def nmi_blocked(self) -> bool:

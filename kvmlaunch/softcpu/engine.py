@@ -92,6 +92,7 @@ class EngineState(Protocol):
     dr: MutableSequence[int]
     rip: int
     rflags: int
+    """Without CF, PF, AF, ZF, SF, OF and DF during `Fill.fill`."""
     cpl: int
     shadow: bool
     """Interrupt shadow of STI or MOV SS."""
@@ -101,11 +102,6 @@ class EngineState(Protocol):
     @property
     def bits(self) -> int:
         """Size of the code segment: 16, 32 or 64."""
-        ...
-
-    @property
-    def system_flags(self) -> int:
-        """RFLAGS without the arithmetic flags and DF, which may take time."""
         ...
 
     @property

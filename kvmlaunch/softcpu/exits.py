@@ -54,7 +54,7 @@ class Exits:
         }
         if not core.options.snp:
             self._handlers[vc.CPUID] = self._cpuid
-            for code in (0x76, 0x89, 0x8A, 0x8B):  # INVD, WBINVD, MONITOR, MWAIT
+            for code in (vc.INVD, vc.WBINVD, vc.MONITOR, vc.MWAIT):
                 self._handlers[code] = lambda _code: core.skip()
 
     def reset(self) -> None:
@@ -70,6 +70,8 @@ class Exits:
         """
         if vc.EXCEPTION <= code < vc.EXCEPTION + 32:
             return self._exception(code - vc.EXCEPTION)
+        if code == vc.WBINVD and self._instruction().opcode == 0x08:
+            code = vc.INVD  # unicorn takes them for the same
         handler = self._handlers.get(code)
         if handler is not None:
             return handler(code)
@@ -132,7 +134,7 @@ class Exits:
         opcode = instruction.opcode
         vector = {_INT3: 3, _INTO: 4}.get(opcode, instruction.immediate)
         state = core.state
-        if opcode == _INTN and state.system_flags & 1 << 17 and state.system_flags >> 12 & 3 < 3:
+        if opcode == _INTN and state.rflags & 1 << 17 and state.rflags >> 12 & 3 < 3:
             raise GuestFault(GP, 0)
         what = Delivery(vector, software=True, length=instruction.length)
         deliver(core, what)

@@ -12,7 +12,7 @@ import dataclasses
 import struct
 
 from .core import VM86, Core, Descriptor, parse_descriptor
-from .engine import CS, DS, ES, FS, GS, IDTR, SS, TR
+from .engine import CS, DS, ES, FS, GS, IDTR, SS, TR, WRITE
 from .faults import DB, DF, GP, NP, PF, SS_FAULT, TS, VC, GuestFault
 
 __all__ = ["Delivery", "TripleFault", "deliver"]
@@ -150,7 +150,7 @@ def _enter_long(core: Core, what: Delivery) -> None:
     if stack + (1 << 47) & 0xFFFF000000000000:
         raise GuestFault(SS_FAULT, 0)
     data = struct.pack(f"<{len(frame)}Q", *reversed(frame))
-    core.store(stack, data, user=cpl == 3)
+    _push(core, stack, data, 8, cpl)
     if inner:
         state.set_segment(SS, cpl, cpl << 5, 0, 0)
     state.gpr[4] = stack
@@ -159,7 +159,7 @@ def _enter_long(core: Core, what: Delivery) -> None:
 
 def _enter_protected(core: Core, what: Delivery) -> None:
     state, error = core.state, _gate_error(what)
-    from_vm86 = bool(state.system_flags & VM86)
+    from_vm86 = bool(state.rflags & VM86)
     if what.vector * 8 + 7 > state.limit(IDTR):
         raise GuestFault(GP, error)
     gate = core.load_int(state.base(IDTR) + what.vector * 8, 8)
@@ -188,7 +188,7 @@ def _enter_protected(core: Core, what: Delivery) -> None:
     data = b"".join((value & unit).to_bytes(size, "little") for value in reversed(frame))
     wrap = 0xFFFFFFFF if stack_segment.attrib & 0x400 else 0xFFFF
     new_stack = stack - len(data) & wrap
-    core.store(stack_segment.base + new_stack, data, user=cpl == 3)
+    _push(core, stack_segment.base + new_stack, data, size, cpl)
     if from_vm86:
         for number in (DS, ES, FS, GS):
             state.set_segment(number, 0, 0, 0, 0)
@@ -221,6 +221,19 @@ def _current(core: Core, number: int) -> Descriptor:
     return Descriptor(
         state.selector(number), state.attrib(number), state.limit(number), state.base(number)
     )
+
+
+def _push(core: Core, stack: int, data: bytes, unit: int, cpl: int) -> None:
+    """Write a frame; a #PF has the address that pushing from the top meets first."""
+    top = stack + len(data) - unit
+    lowest_above = max(stack, (stack | 0xFFF) + 1 - unit)
+    for address in (top, min(top, lowest_above)):
+        try:
+            core.resolve(address, WRITE, user=cpl == 3)
+        except GuestFault as fault:
+            fault.address = address
+            raise
+    core.store(stack, data, user=cpl == 3)
 
 
 def _code_segment(core: Core, selector: int) -> tuple[Descriptor, int]:

@@ -39,7 +39,7 @@ def _size(instruction: Instruction) -> int:
 def check_permission(core: Core, instruction: Instruction) -> None:
     """Raise #GP where IOPL and the TSS's permission map forbid the access."""
     state = core.state
-    flags = state.system_flags
+    flags = state.rflags
     if not state.cr[0] & 1 or (state.cpl <= flags >> 12 & 3 and not flags & _VM):
         return
     port, size = _port(core, instruction), _size(instruction)

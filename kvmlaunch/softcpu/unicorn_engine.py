@@ -45,7 +45,7 @@ _IO_OPCODE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f]")
 _OK, _INVALID_INSTRUCTION, _EXCEPTION = 0, 10, 21
 _UD = 0x46
 _HOST_BITS = 47
-_MAX_CODE_PAGES = _MAX_IO_HOOKS = 2048
+_MAX_CODE_PAGES, _MAX_IO_HOOKS = 4096, 1024
 """A guest must not make the engine grow for ever; at the limit it starts afresh."""
 
 # Exit codes 0x60 + bit: LTR (TR write), RDTSC, RDPMC, CPUID, RSM, software interrupts, INVD, HLT,
@@ -72,8 +72,8 @@ _TB_REMOVE, _TB_FLUSH, _TLB_FLUSH = _control_call(9, 2), _control_call(10), _con
 
 _OTHER_FORM = "this version of unicorn keeps its CPU state in another form"
 _PROBE_ADDRESS = 0x7ADEF123456788
-_PROBE = b"\x48\xb8" + _PROBE_ADDRESS.to_bytes(8, "little") + b"\x8b\x18"
-"""mov rax, address; mov ebx, [rax]"""
+_PROBE = b"\xeb\x00\xe4\x10\x48\xb8" + _PROBE_ADDRESS.to_bytes(8, "little") + b"\x8b\x18"
+"""jmp behind itself; in al, 0x10; mov rax, address; mov ebx, [rax]"""
 
 
 class UnsupportedEngine(KvmLaunchError):
@@ -163,7 +163,12 @@ class UnicornEngine:
         self._state: UnicornState | None = None
         self._last: UnicornState | None = None
         self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._exact = True
+        """Whether unicorn's own state is that of the CPU which runs."""
         self._code_pages: dict[int, int] = {}
+        """Linear page -> host page, of what can be fetched."""
+        self._code_hosts: set[int] = set()
+        """Host pages that hold translated code."""
         self._io_hooks: dict[int, ctypes.c_size_t] = {}
         self._new_io: list[tuple[int, int, list[int]]] = []
         self._skip = -1
@@ -239,10 +244,23 @@ class UnicornEngine:
 
     def write(self, host: int, data: bytes) -> None:
         """Write memory that may hold code which the engine has translated."""
-        self._call("uc_mem_write", ctypes.c_uint64(host), data, ctypes.c_uint64(len(data)))
+        ctypes.memmove(host, data, len(data))
+        if host & ~_PAGE in self._code_hosts:
+            # unicorn drops blocks by linear address, so give it one: the host's.
+            running, self._fill = self._fill, _OnePage(host & ~_PAGE, host & ~_PAGE)
+            self._exact = False
+            self.flush_tlb()
+            self._remove_blocks(host, len(data))
+            self.flush_tlb()
+            self._fill, self._exact = running, True
+
+    def _remove_blocks(self, linear: int, size: int) -> None:
+        end = ctypes.c_uint64(linear + size)
+        _lib.uc_ctl(self._handle, _TB_REMOVE, ctypes.c_uint64(linear), end)
 
     def flush_code(self) -> None:
         """Forget translated code."""
+        self._code_hosts.clear()
         _lib.uc_ctl(self._handle, _TB_FLUSH)
 
     def pass_io(self, address: int) -> None:
@@ -254,9 +272,9 @@ class UnicornEngine:
     def _on_fill(self, _uc: int, page: int, kind: int, entry: Any, _data: int) -> bool:
         try:
             state, fill = self._state, self._fill
-            assert state is not None
             assert fill is not None
-            _lib.uc_context_save(self._handle, self._contexts[id(state)])
+            if self._exact:
+                _lib.uc_context_save(self._handle, self._contexts[id(state)])
             granted = fill.fill(page, _KINDS[kind])
             if not granted:
                 return False
@@ -306,6 +324,7 @@ class UnicornEngine:
             host = self._code_pages.get(page)
             if host is None:
                 break
+            self._code_hosts.add(host)
             code += ctypes.string_at(host + offset, part)
             address, size = address + part & _LINEAR_64, size - part
         return code
@@ -320,20 +339,8 @@ class UnicornEngine:
             for place in places:
                 at = address + place
                 self._io_hooks[at] = self._hook(const.UC_HOOK_CODE, self._io_callback, at, at)
-            _lib.uc_ctl(
-                self._handle,
-                _TB_REMOVE,
-                ctypes.c_uint64(address),
-                ctypes.c_uint64(address + max(size, 1)),
-            )
+            self._remove_blocks(address, max(size, 1))
         self._new_io.clear()
-
-    def compute_rflags(self, state: UnicornState) -> int:
-        """Return RFLAGS with the arithmetic flags, which unicorn works out when asked."""
-        _lib.uc_context_restore(self._handle, self._contexts[id(state)])
-        value = ctypes.c_uint64()
-        _lib.uc_reg_read(self._handle, x86.UC_X86_REG_RFLAGS, ctypes.byref(value))
-        return value.value
 
     def load_fpu_control(self, state: UnicornState, mxcsr: int, fcw: int) -> None:
         """Load MXCSR and FCW, from which unicorn derives rounding modes."""
@@ -349,7 +356,7 @@ class UnicornEngine:
     def _check_layout(self) -> ctypes.c_uint64:
         """Compare `Env` with what unicorn's own calls say; return where it keeps fault addresses.
 
-        This also executes the first block of code, which unicorn doesn't report as a new one.
+        This also executes a first block of code to its end: unicorn reports no new block before.
         """
         if _lib.uc_context_size(self._handle) != CONTEXT_HEADER + ctypes.sizeof(Env):
             raise UnsupportedEngine(_OTHER_FORM)
@@ -360,7 +367,10 @@ class UnicornEngine:
         host = (ctypes.addressof(code) + _PAGE) & ~_PAGE
         ctypes.memmove(host, _PROBE, len(_PROBE))
         state.rip = 0x1000
-        self.run(state, _ProbeFill(host), 1000)
+        if self.run(state, _OnePage(0x1000, host), 1000) != Stop.IO:
+            raise UnsupportedEngine("this version of unicorn doesn't report new blocks of code")
+        state.rip += 2
+        self.run(state, _OnePage(0x1000, host), 1000)
         env, known = state.env, self._uc.reg_read
         for field, value in (
             (env.gpr[0], _PROBE_ADDRESS),
@@ -428,14 +438,15 @@ class UnicornEngine:
             raise UnsupportedEngine(f"{name} failed in unicorn, error {result}")
 
 
-class _ProbeFill:
-    """One page of code at 0x1000, nothing else."""
+class _OnePage:
+    """One linear page of code, nothing else."""
 
-    def __init__(self, host: int) -> None:
+    def __init__(self, linear: int, host: int) -> None:
+        self._linear = linear
         self._host = host
 
     def fill(self, page: int, _kind: int) -> int:
-        return self._host | READ | FETCH if page == 0x1000 else 0
+        return self._host | READ | FETCH if page == self._linear else 0
 
 
 def _control_page() -> ctypes.Array[ctypes.c_char]:

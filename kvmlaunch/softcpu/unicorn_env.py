@@ -63,7 +63,7 @@ class Env(ctypes.Structure):
         ("_x_ft0", c_uint64 * 2),
         ("_x_mmx_sse_status", c_uint64 * 2),
         ("mxcsr", c_uint32),
-        ("xmm", c_uint8 * 64 * 32),
+        ("xmm", c_uint64 * 8 * 32),
         ("_x_vectors", c_uint64 * (8 + 1 + 2 * 16 + 8 + 4 * 16 + 8 * 16)),
         ("sysenter_cs", c_uint32),
         ("sysenter_esp", c_uint64),

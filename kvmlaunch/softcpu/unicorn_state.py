@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kvmlaunch.abi.segment import Segment
 
-from .engine import CS, DS, ES, SS, WORD_NAMES
+from .engine import CS, DS, ES, SS, TR, WORD_NAMES
 from .unicorn_env import Env
 
 __all__ = ["UnicornState"]
@@ -21,11 +21,10 @@ _LMA, _CS64 = 1 << 14, 1 << 15
 _SVME, _GUEST, _OSFXSR, _SMAP = 1 << 20, 1 << 21, 1 << 22, 1 << 23
 _ALWAYS = _GUEST  # intercepts are active
 
-_ARITHMETIC = 0x8D5
-"""RFLAGS that QEMU keeps elsewhere: CF PF AF ZF SF OF."""
-_DF, _VM = 1 << 10, 1 << 17
-_CC_OP_EFLAGS = 1
+_VM = 1 << 17
 
+_BUSY = 2
+"""Type bit of a TSS in use: always set in TR, but QEMU has it the other way round inside."""
 _IRET_BIT = 1 << (0x74 - 0x60)
 _WORDS = frozenset(WORD_NAMES)
 
@@ -33,7 +32,6 @@ _WORDS = frozenset(WORD_NAMES)
 class Helper(Protocol):
     """What the state needs of its engine."""
 
-    def compute_rflags(self, state: UnicornState) -> int: ...
     def load_fpu_control(self, state: UnicornState, mxcsr: int, fcw: int) -> None: ...
 
 
@@ -59,28 +57,16 @@ class UnicornState:
 
     @property
     def rflags(self) -> int:
-        """RFLAGS; arithmetic flags are worked out only when somebody looks."""
-        env = self.env
-        if env.cc_op != _CC_OP_EFLAGS:
-            self.rflags = self._helper.compute_rflags(self)
-        direction = _DF if env.df < 0 else 0
-        return int((env.eflags & ~(_ARITHMETIC | _DF)) | (env.cc_src & _ARITHMETIC) | direction | 2)
+        """RFLAGS; during `fill` without the arithmetic flags and DF, which QEMU keeps elsewhere."""
+        return int(self.env.eflags)
 
     @rflags.setter
     def rflags(self, value: int) -> None:
         env = self.env
-        env.cc_op = _CC_OP_EFLAGS
-        env.cc_src = value & _ARITHMETIC
-        env.df = -1 if value & _DF else 1
         changed = (env.eflags ^ value) & _VM
-        env.eflags = (value & ~(_ARITHMETIC | _DF)) | 2
+        env.eflags = value | 2
         if changed:
             self._refresh()
-
-    @property
-    def system_flags(self) -> int:
-        """RFLAGS without the arithmetic flags and DF: never computed, so fast."""
-        return int(self.env.eflags & ~(_ARITHMETIC | _DF))
 
     @property
     def efer(self) -> int:
@@ -146,7 +132,8 @@ class UnicornState:
     def attrib(self, number: int) -> int:
         """Attributes of a segment register."""
         flags = self._segments[number].flags
-        return int((flags >> 8 & 0xFF) | (flags >> 12 & 0xF00))
+        attrib = int((flags >> 8 & 0xFF) | (flags >> 12 & 0xF00))
+        return attrib | _BUSY if number == TR else attrib
 
     def segment(self, number: int) -> Segment:
         """Return a segment or table register."""
@@ -155,6 +142,8 @@ class UnicornState:
 
     def set_segment(self, number: int, selector: int, attrib: int, limit: int, base: int) -> None:
         """Load a segment or table register."""
+        if number == TR:
+            attrib &= ~_BUSY
         s = self._segments[number]
         s.selector, s.base, s.limit = selector, base, limit
         s.flags = (attrib & 0xFF) << 8 | (attrib & 0xF00) << 12

@@ -14,10 +14,13 @@ __all__ = [
     "DEBUG_SWAP",
     "EXCEPTION",
     "HLT",
+    "INVD",
     "IOIO",
     "IRET",
     "LTR",
+    "MONITOR",
     "MSR",
+    "MWAIT",
     "PAUSE",
     "RDTSC",
     "RDTSCP",
@@ -28,6 +31,7 @@ __all__ = [
     "VC_EXCEPTIONS",
     "VC_EXITS",
     "VMMCALL",
+    "WBINVD",
     "WRITE_CR0",
     "WRITE_CR4",
     "WRITE_CR8",
@@ -40,13 +44,13 @@ EXCEPTION = 0x40
 """Plus the vector."""
 LTR, RDTSC, CPUID, IRET = 0x6D, 0x6E, 0x72, 0x74
 SOFTWARE_INTERRUPT, PAUSE, HLT, IOIO, MSR, SHUTDOWN = 0x75, 0x77, 0x78, 0x7B, 0x7C, 0x7F
-VMMCALL, RDTSCP = 0x81, 0x87
+INVD, VMMCALL, RDTSCP, WBINVD, MONITOR, MWAIT = 0x76, 0x81, 0x87, 0x89, 0x8A, 0x8B
 
 VC_EXITS = frozenset(
     (
-        *(0x6F, 0x72, 0x73, 0x76, 0x7A),  # RDPMC, CPUID, RSM, INVD, INVLPGA
+        *(0x6F, CPUID, 0x73, INVD, 0x7A),  # RDPMC, RSM, INVLPGA
         *range(0x80, 0x87),  # VMRUN, VMMCALL, VMLOAD, VMSAVE, STGI, CLGI, SKINIT
-        *(0x89, 0x8A, 0x8B),  # WBINVD, MONITOR, MWAIT
+        *(WBINVD, MONITOR, MWAIT),
     )
 )
 """Exit codes that are always #VC. Others depend: IOIO, MSR, RDTSC, DR7."""

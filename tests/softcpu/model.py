@@ -7,6 +7,8 @@ import dataclasses
 import mmap
 from collections.abc import Callable
 
+import pytest
+
 from kvmlaunch.abi.segment import Segment
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.softcpu import CpuOptions, Event, Machine, Missing, SoftCpu
@@ -38,7 +40,7 @@ class Memory:
         self.snp = snp
         self.private = mmap.mmap(-1, size)
         self.shared = mmap.mmap(-1, size)
-        self._bases = [
+        self.bases = [
             ctypes.addressof(ctypes.c_char.from_buffer(memory))
             for memory in (self.shared, self.private)
         ]
@@ -56,7 +58,7 @@ class Memory:
             return Missing.MMIO
         if gpa >= self.size or (self.snp and private != (gpa in self.rmp)):
             return Missing.ABSENT
-        return self._bases[private] + gpa
+        return self.bases[private] + gpa
 
     def rmp_lookup(self, gpa: int) -> Entry:
         return self.rmp[gpa]
@@ -124,6 +126,7 @@ class Guest:
     """A machine with one CPU, and code in its memory."""
 
     def __init__(self, *, snp: bool, memory: Memory | None = None, **options: object) -> None:
+        pytest.importorskip("unicorn", reason="unicorn, the software CPU's engine, isn't there")
         self.memory = memory or Memory(snp=snp)
         self.snp = snp
         self.machine = Machine(

@@ -1,0 +1,273 @@
+"""Plain guests: port and device accesses, MSRs, CPUID, hypercalls."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmlaunch.softcpu import (
+    Event,
+    Halt,
+    IoRead,
+    IoWrite,
+    MmioRead,
+    MmioWrite,
+    MsrRead,
+    MsrWrite,
+    NestedFault,
+    SoftCpu,
+    Vmmcall,
+)
+from tests.softcpu.model import Guest
+from tests.softcpu.tables import HANDLER, frame32, gate32, start_long, start_protected
+
+DEVICE = 0x100000
+
+
+def plain(code: str, **changes: object) -> SoftCpu:
+    guest = Guest(snp=False)
+    return guest.start(bytes.fromhex(code) + b"\xf4", **changes)
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        ("e610", IoWrite(0x10, 1, 0xDD)),
+        ("e710", IoWrite(0x10, 4, 0xAABBCCDD)),
+        ("66e710", IoWrite(0x10, 2, 0xCCDD)),
+        ("ee", IoWrite(0x3F8, 1, 0xDD)),
+        ("66ef", IoWrite(0x3F8, 2, 0xCCDD)),
+        ("ef", IoWrite(0x3F8, 4, 0xAABBCCDD)),
+    ],
+)
+def test_out_when_executed_is_done_at_once(code: str, event: IoWrite) -> None:
+    cpu = plain(code, rax=0xAABBCCDD, rdx=0x3F8)
+    assert cpu.run(1000) == event
+    assert cpu.read("rip") == 0x1000 + len(bytes.fromhex(code))
+    assert cpu.run(1000) == Halt()
+
+
+@pytest.mark.parametrize(
+    ("code", "event", "rax"),
+    [
+        ("e410", IoRead(0x10, 1), 0xFFFFFFFFFFFFFF78),
+        ("66e510", IoRead(0x10, 2), 0xFFFFFFFFFFFF5678),
+        ("ed", IoRead(0x3F8, 4), 0x12345678),
+    ],
+)
+def test_in_when_completed_writes_as_much_as_it_should(code: str, event: IoRead, rax: int) -> None:
+    cpu = plain(code, rax=2**64 - 1, rdx=0x3F8)
+    assert cpu.run(1000) == event
+    assert cpu.read("rip") == 0x1000
+    with pytest.raises(RuntimeError, match="wants an answer"):
+        cpu.run(1000)
+    cpu.complete(0x12345678)
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rax") == rax
+    with pytest.raises(RuntimeError, match="nothing waits"):
+        cpu.complete()
+
+
+def test_outs_when_repeated_gives_one_event_per_element() -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(b"\xf3\x6e\xf4", rcx=3, rsi=0x5000, rdx=0x10)
+    guest.put(0x5000, b"abc")
+    events = [cpu.run(1000) for _ in range(4)]
+    assert events == [*(IoWrite(0x10, 1, ord(c)) for c in "abc"), Halt()]
+    assert (cpu.read("rcx"), cpu.read("rsi")) == (0, 0x5003)
+
+
+def test_ins_when_direction_is_down_stores_backwards() -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(b"\xf3\x66\x6d\xf4", rcx=2, rdi=0x5002, rdx=0x10, rflags=0x402)
+    for value in (0x1111, 0x2222):
+        assert cpu.run(1000) == IoRead(0x10, 2)
+        cpu.complete(value)
+    assert cpu.run(1000) == Halt()
+    assert guest.memory.main[0x5000:0x5004] == b"\x22\x22\x11\x11"
+    assert cpu.read("rdi") == 0x5000 - 2
+
+
+def test_string_io_when_count_is_zero_does_nothing() -> None:
+    cpu = plain("f36e", rcx=0, rsi=0x5000)
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rsi") == 0x5000
+
+
+def test_io_when_data_was_read_from_its_page_first_still_stops() -> None:
+    """The engine can have the code page from a data access."""
+    guest = Guest(snp=False)
+    cpu = guest.start(bytes.fromhex("a100600000 e900500000"))  # mov eax,[0x6000]; jmp 0x600a
+    guest.put(0x600A, b"\xe6\x10\xf4")
+    assert cpu.run(1000) == IoWrite(0x10, 1, 0)
+
+
+def test_io_when_another_instruction_takes_its_place_runs_on() -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(b"\xe6\x10\xf4")
+    assert cpu.run(1000) == IoWrite(0x10, 1, 0)
+    guest.put(0x1000, b"\xb0\x07\xf4")  # mov al,7
+    guest.machine.flush_code()
+    cpu.write("rip", 0x1000)
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rax") == 7
+
+
+def test_io_when_there_are_very_many_places_all_stop() -> None:
+    """More than the engine keeps at one time."""
+    guest = Guest(snp=False)
+    count = 3000
+    cpu = guest.start(bytes.fromhex("e9fbef0000"))  # jmp 0x10000
+    guest.put(0x10000, bytes.fromhex("e610 eb00") * count + b"\xf4")  # out; jmp behind itself
+    seen = 0
+    while cpu.run(100_000) == IoWrite(0x10, 1, 0):
+        seen += 1
+    assert seen == count
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_msr_when_unknown_is_for_the_owner(accepted: bool) -> None:
+    guest = Guest(snp=False)
+    start_protected(guest, bytes.fromhex("0f32 0f30 f4"), rcx=0x1B, rax=1, rdx=2)
+    gate32(guest, 13)
+    guest.put(HANDLER, b"\xf4")
+    cpu = guest.cpu
+    assert cpu.run(1000) == MsrRead(0x1B)
+    if not accepted:
+        cpu.refuse()
+        assert cpu.run(1000) == Halt()
+        assert frame32(guest, 2) == (0, 0x1000)
+        return
+    cpu.complete(0xFEE00900_00000001)
+    assert cpu.run(1000) == MsrWrite(0x1B, 0xFEE00900_00000001)
+    cpu.complete()
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rip") == 0x1005
+
+
+def test_cpuid_when_plain_asks_the_callback() -> None:
+    guest = Guest(snp=False, cpuid=lambda leaf, index: (leaf, index, 3, 0xFFFFFFFF))
+    assert guest.run(b"\x0f\xa2\xf4", rax=0x8000001F, rcx=7) == Halt()
+    registers = [guest.cpu.read(name) for name in ("rax", "rbx", "rcx", "rdx")]
+    assert registers == [0x8000001F, 7, 3, 0xFFFFFFFF]
+
+
+@pytest.mark.parametrize("svme", [0, 0x1000])
+def test_vmmcall_when_plain_is_an_event(svme: int) -> None:
+    cpu = plain("0f01d9", efer=svme)
+    assert cpu.run(1000) == Vmmcall()
+    cpu.write("rax", 5)
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rax") == 5
+
+
+@pytest.mark.parametrize("code", ["0f09", "0f08", "0f01c8", "0f01c9"])
+def test_cache_and_wait_instructions_when_plain_do_nothing(code: str) -> None:
+    assert plain(code).run(1000) == Halt()
+
+
+# Devices
+
+
+def device(code: str, **changes: object) -> Guest:
+    guest = Guest(snp=False)
+    guest.memory.mmio.add(DEVICE)
+    guest.start(bytes.fromhex(code) + b"\xf4", **{"rbx": DEVICE + 8, **changes})
+    return guest
+
+
+@pytest.mark.parametrize(
+    ("code", "event"),
+    [
+        ("8803", MmioWrite(DEVICE + 8, 1, 0xDD)),
+        ("668903", MmioWrite(DEVICE + 8, 2, 0xCCDD)),
+        ("8903", MmioWrite(DEVICE + 8, 4, 0xAABBCCDD)),
+        ("c7431078563412", MmioWrite(DEVICE + 0x18, 4, 0x12345678)),
+        ("ab", MmioWrite(DEVICE + 0x20, 4, 0xAABBCCDD)),
+        ("a320001000", MmioWrite(DEVICE + 0x20, 4, 0xAABBCCDD)),
+    ],
+)
+def test_mmio_when_written_is_done_at_once(code: str, event: MmioWrite) -> None:
+    guest = device(code, rax=0xAABBCCDD, rdi=DEVICE + 0x20)
+    assert guest.cpu.run(1000) == event
+    assert guest.cpu.read("rip") == 0x1000 + len(bytes.fromhex(code))
+    assert guest.cpu.run(1000) == Halt()
+
+
+@pytest.mark.parametrize(
+    ("code", "size", "register", "value"),
+    [
+        ("8a03", 1, "rax", 0xFFFFFFFFFFFFFF88),
+        ("668b03", 2, "rax", 0xFFFFFFFFFFFF7788),
+        ("8b0b", 4, "rcx", 0x55667788),
+        ("0fb603", 1, "rax", 0x88),
+        ("0fbe0b", 1, "rcx", 0xFFFFFF88),
+        ("0fb70b", 2, "rcx", 0x7788),
+        ("330b", 4, "rcx", 0xAA998877),
+    ],
+)
+def test_mmio_when_read_lands_where_the_instruction_says(
+    code: str, size: int, register: str, value: int
+) -> None:
+    guest = device(code, rax=2**64 - 1, rcx=2**64 - 1)
+    cpu = guest.cpu
+    assert cpu.run(1000) == MmioRead(DEVICE + 8, size)
+    cpu.complete(0x11223344_55667788)
+    assert cpu.run(1000) == Halt()
+    assert cpu.read(register) == value
+
+
+def test_mmio_when_64_bits_wide_is_one_access() -> None:
+    guest = Guest(snp=False)
+    guest.memory.mmio.add(DEVICE)
+    start_long(guest, bytes.fromhex("488b03 48894308 f4"), rbx=DEVICE)
+    assert guest.cpu.run(1000) == MmioRead(DEVICE, 8)
+    guest.cpu.complete(0x1122334455667788)
+    assert guest.cpu.run(1000) == MmioWrite(DEVICE + 8, 8, 0x1122334455667788)
+    assert guest.cpu.run(1000) == Halt()
+
+
+def test_mmio_when_changed_in_place_is_a_read_and_a_write() -> None:
+    guest = device("830305")  # add dword [ebx],5
+    cpu = guest.cpu
+    assert cpu.run(1000) == MmioRead(DEVICE + 8, 4)
+    cpu.complete(0xFFFFFFFF)
+    assert cpu.run(1000) == MmioWrite(DEVICE + 8, 4, 4)
+    assert cpu.read("rflags") & 1, "the carry of the addition"
+    assert not cpu.read("rflags") & 0x100, "TF was borrowed"
+    assert cpu.read("dr6") == 0xFFFF0FF0
+    assert cpu.run(1000) == Halt()
+
+
+def test_mmio_when_string_is_copied_goes_step_by_step() -> None:
+    guest = device("f3a4", rcx=2, rsi=DEVICE, rdi=0x5000)
+    cpu = guest.cpu
+    for n, value in enumerate((0x41, 0x42)):
+        assert cpu.run(1000) == MmioRead(DEVICE + n, 1)
+        cpu.complete(value)
+    assert cpu.run(1000) == Halt()
+    assert guest.memory.main[0x5000:0x5002] == b"AB"
+
+
+def test_mmio_when_executed_is_a_nested_fault() -> None:
+    guest = device("ffe3")  # jmp ebx
+    event: Event = guest.cpu.run(1000)
+    assert isinstance(event, NestedFault)
+    assert event.gpa == DEVICE + 8
+
+
+def test_mmio_when_stack_is_there_ends_in_a_shutdown_of_the_guest_only() -> None:
+    guest = device("0f0b", rsp=DEVICE + 0x100)
+    gate32(guest, 6)
+    assert type(guest.cpu.run(1000)).__name__ == "Shutdown"
+
+
+def test_tsc_when_read_twice_only_grows() -> None:
+    guest = Guest(snp=False)
+    assert guest.run(bytes.fromhex("0f31 89c3 9090 0f31 f4")) == Halt()
+    assert 0 < guest.cpu.read("rbx") < guest.cpu.read("rax") <= guest.machine.ticks
+
+
+def test_tsc_when_msr_is_read_is_the_same_clock() -> None:
+    guest = Guest(snp=False, ticks_per_tsc=2)
+    assert guest.run(bytes.fromhex("b910000000 0f32 f4")) == Halt()
+    assert 0 < guest.cpu.read("rax") <= guest.machine.ticks // 2

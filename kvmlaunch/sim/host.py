@@ -7,11 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import cast
 
+from kvmlaunch.abi.tcb import Product
 from kvmlaunch.sim.cpumodel import cpu_model
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import FdTable
 from kvmlaunch.sim.firmware import SecureProcessor
-from kvmlaunch.sim.firmware_profiles import Product, firmware_profile
+from kvmlaunch.sim.firmware_profiles import firmware_profile
 from kvmlaunch.sim.guest_limits import GuestLimits, limits
 from kvmlaunch.sim.memory import PhysicalMemory
 from kvmlaunch.sim.profiles import KernelProfile
@@ -82,6 +83,16 @@ class Host:
         self.processor.init()
         self.psp = Psp(self.processor, self.memory, faults)
         self.asids = AsidPool(self.cpu.max_snp_asid, self.processor.df_flush)
+
+    def alloc_firmware_page(self) -> int | None:
+        """snp_alloc_firmware_page(): a page that only firmware writes to; None if that fails."""
+        spa = self.memory.alloc()
+        return None if self.rmp.make_private(spa, 0, 0, immutable=True) else spa
+
+    def free_firmware_page(self, spa: int) -> None:
+        """snp_free_firmware_page(); one that can't be reclaimed is leaked, and kills nobody."""
+        if not self.psp.page_reclaim(spa) and not self.rmp.make_shared(spa):
+            self.memory.free(spa)
 
     @property
     def phys_bits(self) -> int:

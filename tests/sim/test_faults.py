@@ -26,6 +26,7 @@ MARK = 0xABCD1234
         "SNP_PLATFORM_STATUS:errno=524",
         "SNP_LAUNCH_UPDATE:fw=0x16@2",
         "SNP_LAUNCH_UPDATE:fw=22",
+        "SNP_GUEST_REQUEST:fw=0x1d@2+",
         "SNP_LAUNCH_UPDATE:partial=5",
         "SNP_LAUNCH_UPDATE:signal=0@3",
         "SNP_PAGE_RECLAIM:fail",

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim import launch_finish, launch_update
+from kvmlaunch.sim.guest_request import GuestRequests
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import command_name, ffi, lib
 
 if TYPE_CHECKING:
+    from kvmlaunch.sim.host import Host
     from kvmlaunch.sim.vm import Vm
 
 __all__ = ["SevVm", "encrypt_op", "register_region", "unregister_region"]
@@ -39,10 +41,15 @@ class SevVm:
         self.ghcb_version = 0
         self.asid = 0
         self.context: int | None = None
-        self._guest_response: int | None = None
         self.fd = -1
         self.req_certs = False
+        self.requests: GuestRequests | None = None
         self.regions: list[tuple[int, int]] = []
+
+    @property
+    def host(self) -> Host:
+        """The machine that the VM is on."""
+        return self._vm.host
 
     @property
     def is_snp(self) -> bool:
@@ -80,22 +87,14 @@ class SevVm:
             return
         if host.psp.status("SNP_DECOMMISSION", lambda: host.processor.decommission(context)):
             return
-        self._free_firmware_page(context)
+        host.free_firmware_page(context)
         self.context = None
-
-    def prepare_guest_requests(self) -> None:
-        """snp_guest_req_init(): a Firmware page for the answers to guest messages."""
-        host = self._vm.host
-        spa = host.memory.alloc()
-        if host.rmp.make_private(spa, 0, 0, immutable=True):
-            refuse(errno.EIO)
-        self._guest_response = spa
 
     def create_context(self, command: Any) -> int | None:
         """snp_context_create(): None whatever went wrong."""
         host = self._vm.host
-        spa = host.memory.alloc()
-        if host.rmp.make_private(spa, 0, 0, immutable=True):
+        spa = host.alloc_firmware_page()
+        if spa is None:
             return None
         try:
             self.issue(
@@ -105,7 +104,7 @@ class SevVm:
                 lambda: host.processor.gctx_create(spa),
             )
         except OSError:
-            self._free_firmware_page(spa)
+            host.free_firmware_page(spa)
             return None
         return spa
 
@@ -113,17 +112,11 @@ class SevVm:
         """The VM is gone."""
         if not self.active:
             return
-        if self._guest_response is not None:
-            self._free_firmware_page(self._guest_response)
+        if self.requests is not None:
+            self.requests.free()
         self.decommission()
         if self.context is None:
             self._vm.host.asids.give_back(self.asid)
-
-    def _free_firmware_page(self, spa: int) -> None:
-        host = self._vm.host
-        # A page that can't be reclaimed is leaked; unlike a guest page it kills nobody.
-        if not host.psp.page_reclaim(spa) and not host.rmp.make_shared(spa):
-            host.memory.free(spa)
 
 
 def encrypt_op(vm: Vm, arg: int) -> int:
@@ -191,7 +184,7 @@ def _init2(vm: Vm, command: Any) -> None:
     sev.asid = vm.host.asids.take()
     sev.features = init.vmsa_features | _SNP_ACTIVE
     sev.ghcb_version = init.ghcb_version or _GHCB_VERSION_MAX
-    sev.prepare_guest_requests()
+    sev.requests = GuestRequests(sev)
     sev.active, sev.need_init = True, False
 
 

@@ -36,8 +36,16 @@ def require_kvm() -> RealPlatform:
 
 
 def require_snp() -> RealPlatform:
-    """The real platform, where SNP guests can be launched."""
+    """The real platform, where it launches SNP guests: an SNP host, or tests/mainline's machine.
+
+    In that machine the firmware is a fake of ours, which can be asked what it measured.
+    """
+    from tests.mainline.fake import DEBUGFS, FakeHost  # it imports the simulated host
+
     platform = require_kvm()
+    if DEBUGFS.is_dir():
+        platform = FakeHost()
+        platform.begin(())
     try:
         with Kvm.open(platform) as kvm:
             kvm.require_snp()

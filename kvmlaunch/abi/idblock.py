@@ -35,6 +35,7 @@ from ._check import exact_size, sized_bytes, uint, zeros
 from .digest import DIGEST_SIZE
 from .page import PAGE_SIZE, Buffer
 from .policy import DEFAULT_POLICY
+from .signature import ALGO_ECDSA_P384_SHA384, SIGNATURE_SIZE
 
 __all__ = [
     "ALGO_ECDSA_P384_SHA384",
@@ -50,12 +51,8 @@ ID_BLOCK_SIZE = 96
 """Bytes of an ID block."""
 ID_AUTH_SIZE = PAGE_SIZE
 """Bytes of the ID authentication information."""
-SIGNATURE_SIZE = 512
-"""Bytes of an encoded signature: R and S, 72 each, little-endian, then zeros."""
 PUBLIC_KEY_SIZE = 1028
 """Bytes of an encoded public key: curve u32, QX and QY, 72 each, little-endian, then zeros."""
-ALGO_ECDSA_P384_SHA384 = 1
-"""The only key algorithm that firmware takes."""
 
 _ID_BLOCK = struct.Struct("<48s16s16sIIQ")
 _ID_AUTH = struct.Struct("<II56x512s1028s60x512s1028s892x")

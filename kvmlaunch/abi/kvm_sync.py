@@ -5,7 +5,7 @@ copies the VMCB save area (0x2E8 bytes), then registers, XCR0, XSS, PKRU, DR6, t
 SEV_FEATURES. What no ioctl reaches is measured as zero.
 
 Source: Linux 6.12 arch/x86/kvm/svm/sev.c sev_es_sync_vmsa, svm.c svm_set_segment,
-svm_get_segment, svm_set_cr0, svm_set_cr4, svm_set_efer, x86.c kvm_is_valid_sregs,
+svm_get_segment, svm_set_cr0, svm_set_cr4, svm_set_efer, svm_set_msr, x86.c kvm_is_valid_sregs,
 __set_regs.
 """
 
@@ -32,6 +32,8 @@ _EFER_SVME = 1 << 12
 _RFLAGS_FIXED = 1 << 1
 _DR7_FIXED = 0x400
 _SNP_ACTIVE = 1 << 0
+_DEBUGCTL_LBR = 1 << 0
+_DEBUGCTL_WRITABLE = 0x3F
 
 _TYPE_ACCESSED = 1 << 0
 _TYPE_BUSY = 1 << 1
@@ -50,7 +52,7 @@ _VERBATIM = (
     *("xss", "cr3", "dr7", "dr6", "rip", "rsp", "rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi"),
     *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
     *("star", "lstar", "cstar", "sfmask", "kernel_gs_base"),
-    *("sysenter_cs", "sysenter_esp", "sysenter_eip", "g_pat", "dbgctl", "spec_ctrl", "pkru"),
+    *("sysenter_cs", "g_pat", "spec_ctrl", "pkru"),
     *("x87_dp", "mxcsr", "x87_ftw", "x87_fsw", "x87_fcw", "x87_fop", "x87_rip"),
     *("fpreg_x87", "fpreg_xmm", "fpreg_ymm"),
 )
@@ -89,6 +91,10 @@ def synced(vmsa: Vmsa, *, sev_features: int) -> Vmsa:
         cr4=vmsa.cr4 | _CR4_MCE,
         cr0=vmsa.cr0 & ~(_CR0_CD | _CR0_NW),  # the quirk CD_NW_CLEARED, on by default
         rflags=vmsa.rflags | _RFLAGS_FIXED,
+        # svm_set_msr: AMD's SYSENTER addresses have 32 bits; BTF and external pins are dropped.
+        sysenter_esp=vmsa.sysenter_esp & 0xFFFFFFFF,
+        sysenter_eip=vmsa.sysenter_eip & 0xFFFFFFFF,
+        dbgctl=vmsa.dbgctl & _DEBUGCTL_LBR,
         # SET_XCRS refuses a value without x87, so the reset value stays.
         xcr0=vmsa.xcr0 if vmsa.xcr0 & 1 else 1,
         sev_features=sev_features | _SNP_ACTIVE,
@@ -136,6 +142,8 @@ def _refuse_debug_registers(vmsa: Vmsa) -> None:
         )
     if vmsa.dr6 >> 32:
         raise FormatError(f"dr6 {vmsa.dr6:#x} is above 32 bits, which SET_DEBUGREGS refuses")
+    if vmsa.dbgctl & ~_DEBUGCTL_WRITABLE:
+        raise FormatError(f"dbgctl {vmsa.dbgctl:#x} has bits above 5, which SET_MSRS refuses")
 
 
 def _refuse_sregs(vmsa: Vmsa) -> None:

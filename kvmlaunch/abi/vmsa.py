@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvmlaunch.errors import FormatError
 
 from ._check import exact_size, sized_bytes, uint
+from ._layout import Runs, canonical_runs, find_gaps, find_runs, int_at, raw_at
 from .page import PAGE_SIZE, Buffer
 from .segment import SEGMENT_FIELDS, SEGMENT_SIZE, Segment, VmsaField
 
@@ -68,18 +69,9 @@ def describe_sev_features(value: int) -> list[str]:
     return [f"bit {b} {names.get(b, 'reserved')}" for b in range(64) if value >> b & 1]
 
 
-# Field specifiers of the table below; Any, for the table's annotations to hold.
-# ruff: noqa: RUF009 - each call makes a dataclasses.field()
-def _int(offset: int, size: int) -> Any:
-    return dataclasses.field(default=0, metadata={"at": (offset, size)})
-
-
+# ruff: noqa: RUF009 - each call in the table below makes a dataclasses.field()
 def _seg(offset: int) -> Any:
     return dataclasses.field(default=Segment(), metadata={"at": (offset, SEGMENT_SIZE)})
-
-
-def _raw(offset: int, size: int) -> Any:
-    return dataclasses.field(default=bytes(size), metadata={"at": (offset, size)})
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -100,98 +92,98 @@ class Vmsa:
     ldtr: Segment = _seg(0x070)
     idtr: Segment = _seg(0x080)
     tr: Segment = _seg(0x090)
-    pl0_ssp: int = _int(0x0A0, 8)
-    pl1_ssp: int = _int(0x0A8, 8)
-    pl2_ssp: int = _int(0x0B0, 8)
-    pl3_ssp: int = _int(0x0B8, 8)
-    u_cet: int = _int(0x0C0, 8)
-    vmpl: int = _int(0x0CA, 1)
-    cpl: int = _int(0x0CB, 1)
-    efer: int = _int(0x0D0, 8)
-    xss: int = _int(0x140, 8)
-    cr4: int = _int(0x148, 8)
-    cr3: int = _int(0x150, 8)
-    cr0: int = _int(0x158, 8)
-    dr7: int = _int(0x160, 8)
-    dr6: int = _int(0x168, 8)
-    rflags: int = _int(0x170, 8)
-    rip: int = _int(0x178, 8)
-    dr0: int = _int(0x180, 8)
-    dr1: int = _int(0x188, 8)
-    dr2: int = _int(0x190, 8)
-    dr3: int = _int(0x198, 8)
-    dr0_addr_mask: int = _int(0x1A0, 8)
-    dr1_addr_mask: int = _int(0x1A8, 8)
-    dr2_addr_mask: int = _int(0x1B0, 8)
-    dr3_addr_mask: int = _int(0x1B8, 8)
-    rsp: int = _int(0x1D8, 8)
-    s_cet: int = _int(0x1E0, 8)
-    ssp: int = _int(0x1E8, 8)
-    isst_addr: int = _int(0x1F0, 8)
-    rax: int = _int(0x1F8, 8)
-    star: int = _int(0x200, 8)
-    lstar: int = _int(0x208, 8)
-    cstar: int = _int(0x210, 8)
-    sfmask: int = _int(0x218, 8)
-    kernel_gs_base: int = _int(0x220, 8)
-    sysenter_cs: int = _int(0x228, 8)
-    sysenter_esp: int = _int(0x230, 8)
-    sysenter_eip: int = _int(0x238, 8)
-    cr2: int = _int(0x240, 8)
-    g_pat: int = _int(0x268, 8)
-    dbgctl: int = _int(0x270, 8)
-    br_from: int = _int(0x278, 8)
-    br_to: int = _int(0x280, 8)
-    last_excp_from: int = _int(0x288, 8)
-    last_excp_to: int = _int(0x290, 8)
-    spec_ctrl: int = _int(0x2E0, 8)
-    pkru: int = _int(0x2E8, 4)
-    tsc_aux: int = _int(0x2EC, 4)
-    guest_tsc_scale: int = _int(0x2F0, 8)
-    guest_tsc_offset: int = _int(0x2F8, 8)
-    reg_prot_nonce: int = _int(0x300, 8)
-    rcx: int = _int(0x308, 8)
-    rdx: int = _int(0x310, 8)
-    rbx: int = _int(0x318, 8)
-    rbp: int = _int(0x328, 8)
-    rsi: int = _int(0x330, 8)
-    rdi: int = _int(0x338, 8)
-    r8: int = _int(0x340, 8)
-    r9: int = _int(0x348, 8)
-    r10: int = _int(0x350, 8)
-    r11: int = _int(0x358, 8)
-    r12: int = _int(0x360, 8)
-    r13: int = _int(0x368, 8)
-    r14: int = _int(0x370, 8)
-    r15: int = _int(0x378, 8)
-    guest_exit_info_1: int = _int(0x390, 8)
-    guest_exit_info_2: int = _int(0x398, 8)
-    guest_exit_int_info: int = _int(0x3A0, 8)
-    guest_nrip: int = _int(0x3A8, 8)
-    sev_features: int = _int(0x3B0, 8)
-    vintr_ctrl: int = _int(0x3B8, 8)
-    guest_exit_code: int = _int(0x3C0, 8)
-    virtual_tom: int = _int(0x3C8, 8)
-    tlb_id: int = _int(0x3D0, 8)
-    pcpu_id: int = _int(0x3D8, 8)
-    event_inj: int = _int(0x3E0, 8)
-    xcr0: int = _int(0x3E8, 8)
-    x87_dp: int = _int(0x400, 8)
-    mxcsr: int = _int(0x408, 4)
-    x87_ftw: int = _int(0x40C, 2)
-    x87_fsw: int = _int(0x40E, 2)
-    x87_fcw: int = _int(0x410, 2)
-    x87_fop: int = _int(0x412, 2)
-    x87_ds: int = _int(0x414, 2)
-    x87_cs: int = _int(0x416, 2)
-    x87_rip: int = _int(0x418, 8)
-    fpreg_x87: bytes = _raw(0x420, 80)
+    pl0_ssp: int = int_at(0x0A0, 8)
+    pl1_ssp: int = int_at(0x0A8, 8)
+    pl2_ssp: int = int_at(0x0B0, 8)
+    pl3_ssp: int = int_at(0x0B8, 8)
+    u_cet: int = int_at(0x0C0, 8)
+    vmpl: int = int_at(0x0CA, 1)
+    cpl: int = int_at(0x0CB, 1)
+    efer: int = int_at(0x0D0, 8)
+    xss: int = int_at(0x140, 8)
+    cr4: int = int_at(0x148, 8)
+    cr3: int = int_at(0x150, 8)
+    cr0: int = int_at(0x158, 8)
+    dr7: int = int_at(0x160, 8)
+    dr6: int = int_at(0x168, 8)
+    rflags: int = int_at(0x170, 8)
+    rip: int = int_at(0x178, 8)
+    dr0: int = int_at(0x180, 8)
+    dr1: int = int_at(0x188, 8)
+    dr2: int = int_at(0x190, 8)
+    dr3: int = int_at(0x198, 8)
+    dr0_addr_mask: int = int_at(0x1A0, 8)
+    dr1_addr_mask: int = int_at(0x1A8, 8)
+    dr2_addr_mask: int = int_at(0x1B0, 8)
+    dr3_addr_mask: int = int_at(0x1B8, 8)
+    rsp: int = int_at(0x1D8, 8)
+    s_cet: int = int_at(0x1E0, 8)
+    ssp: int = int_at(0x1E8, 8)
+    isst_addr: int = int_at(0x1F0, 8)
+    rax: int = int_at(0x1F8, 8)
+    star: int = int_at(0x200, 8)
+    lstar: int = int_at(0x208, 8)
+    cstar: int = int_at(0x210, 8)
+    sfmask: int = int_at(0x218, 8)
+    kernel_gs_base: int = int_at(0x220, 8)
+    sysenter_cs: int = int_at(0x228, 8)
+    sysenter_esp: int = int_at(0x230, 8)
+    sysenter_eip: int = int_at(0x238, 8)
+    cr2: int = int_at(0x240, 8)
+    g_pat: int = int_at(0x268, 8)
+    dbgctl: int = int_at(0x270, 8)
+    br_from: int = int_at(0x278, 8)
+    br_to: int = int_at(0x280, 8)
+    last_excp_from: int = int_at(0x288, 8)
+    last_excp_to: int = int_at(0x290, 8)
+    spec_ctrl: int = int_at(0x2E0, 8)
+    pkru: int = int_at(0x2E8, 4)
+    tsc_aux: int = int_at(0x2EC, 4)
+    guest_tsc_scale: int = int_at(0x2F0, 8)
+    guest_tsc_offset: int = int_at(0x2F8, 8)
+    reg_prot_nonce: int = int_at(0x300, 8)
+    rcx: int = int_at(0x308, 8)
+    rdx: int = int_at(0x310, 8)
+    rbx: int = int_at(0x318, 8)
+    rbp: int = int_at(0x328, 8)
+    rsi: int = int_at(0x330, 8)
+    rdi: int = int_at(0x338, 8)
+    r8: int = int_at(0x340, 8)
+    r9: int = int_at(0x348, 8)
+    r10: int = int_at(0x350, 8)
+    r11: int = int_at(0x358, 8)
+    r12: int = int_at(0x360, 8)
+    r13: int = int_at(0x368, 8)
+    r14: int = int_at(0x370, 8)
+    r15: int = int_at(0x378, 8)
+    guest_exit_info_1: int = int_at(0x390, 8)
+    guest_exit_info_2: int = int_at(0x398, 8)
+    guest_exit_int_info: int = int_at(0x3A0, 8)
+    guest_nrip: int = int_at(0x3A8, 8)
+    sev_features: int = int_at(0x3B0, 8)
+    vintr_ctrl: int = int_at(0x3B8, 8)
+    guest_exit_code: int = int_at(0x3C0, 8)
+    virtual_tom: int = int_at(0x3C8, 8)
+    tlb_id: int = int_at(0x3D0, 8)
+    pcpu_id: int = int_at(0x3D8, 8)
+    event_inj: int = int_at(0x3E0, 8)
+    xcr0: int = int_at(0x3E8, 8)
+    x87_dp: int = int_at(0x400, 8)
+    mxcsr: int = int_at(0x408, 4)
+    x87_ftw: int = int_at(0x40C, 2)
+    x87_fsw: int = int_at(0x40E, 2)
+    x87_fcw: int = int_at(0x410, 2)
+    x87_fop: int = int_at(0x412, 2)
+    x87_ds: int = int_at(0x414, 2)
+    x87_cs: int = int_at(0x416, 2)
+    x87_rip: int = int_at(0x418, 8)
+    fpreg_x87: bytes = raw_at(0x420, 80)
     """ST0..ST7: 8 x the low 8 bytes, then 8 x the high 2 bytes."""
-    fpreg_xmm: bytes = _raw(0x470, 256)
+    fpreg_xmm: bytes = raw_at(0x470, 256)
     """XMM0..XMM15."""
-    fpreg_ymm: bytes = _raw(0x570, 256)
+    fpreg_ymm: bytes = raw_at(0x570, 256)
     """High halves of YMM0..YMM15."""
-    reserved: tuple[tuple[int, bytes], ...] = ()
+    reserved: Runs = ()
     """(offset, bytes) of what is not zero outside the fields; at most one run per gap."""
 
     def __post_init__(self) -> None:
@@ -206,7 +198,7 @@ class Vmsa:
             elif not isinstance(value, Segment):
                 raise FormatError(f"{name} takes a segment, not {value!r}")
         if self.reserved:
-            object.__setattr__(self, "reserved", _canonical(self.reserved))
+            object.__setattr__(self, "reserved", canonical_runs(self.reserved, _GAPS))
 
     def encode(self) -> bytes:
         """Return the page, 4096 bytes."""
@@ -233,7 +225,7 @@ class Vmsa:
                 fields[name] = Segment.decode(raw)
             else:
                 fields[name] = raw if kind is bytes else int.from_bytes(raw, "little")
-        return cls(**fields, reserved=tuple(_reserved_runs(page)))
+        return cls(**fields, reserved=tuple(find_runs(page, _GAPS)))
 
     def replace(self, **changes: Any) -> Vmsa:
         """Return a copy with the named fields changed.
@@ -293,16 +285,7 @@ VMSA_FIELDS = _table()
 _DEFAULTS: dict[str, int | bytes | Segment] = {f.name: getattr(Vmsa, f.name) for f in VMSA_FIELDS}
 
 
-def _find_gaps() -> Iterator[tuple[int, int]]:
-    at = 0
-    for _, offset, size in VMSA_FIELDS:
-        if offset > at:
-            yield at, offset
-        at = offset + size
-    yield at, PAGE_SIZE
-
-
-_GAPS = tuple(_find_gaps())
+_GAPS = find_gaps(((f.offset, f.size) for f in VMSA_FIELDS), PAGE_SIZE)
 
 
 class FieldDiff(NamedTuple):
@@ -389,25 +372,3 @@ def _unknown(name: str) -> FormatError:
     close = difflib.get_close_matches(name, [*_DEFAULTS, *dotted])
     hint = f"; close are {', '.join(close)}" if close else ""
     return FormatError(f"a VMSA has no field {name!r}{hint}")
-
-
-def _reserved_runs(page: bytes) -> Iterator[tuple[int, bytes]]:
-    for start, end in _GAPS:
-        run = page[start:end].rstrip(b"\0")
-        if run:
-            first = len(run) - len(run.lstrip(b"\0"))
-            yield start + first, run[first:]
-
-
-def _canonical(runs: tuple[tuple[int, bytes], ...]) -> tuple[tuple[int, bytes], ...]:
-    page = bytearray(PAGE_SIZE)
-    written: set[int] = set()
-    for offset, data in runs:
-        covers = range(offset, offset + len(data))
-        if not any(start <= offset and covers.stop <= end for start, end in _GAPS):
-            raise FormatError("reserved bytes reach outside one reserved gap", offset=offset)
-        if not written.isdisjoint(covers):
-            raise FormatError("reserved bytes are given twice", offset=offset)
-        written.update(covers)
-        page[offset : covers.stop] = data
-    return tuple(_reserved_runs(bytes(page)))

@@ -6,9 +6,10 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim.cpumodel import xsave_size
+from kvmlaunch.sim.guest_limits import limits
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.sim.vcpu_state import reserved_gpa_bits
-from kvmlaunch.uapi import ffi
+from kvmlaunch.uapi import ffi, lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
@@ -19,13 +20,13 @@ _MAX_ENTRIES = 256
 _HEADER = ffi.sizeof("struct kvm_cpuid2")
 _ENTRY = ffi.sizeof("struct kvm_cpuid_entry2")
 _XSAVE, _ADDRESS_SIZES, _SEV = 0xD, 0x80000008, 0x8000001F
+_OSXSAVE, _MONITOR, _OSPKE, _APIC = 27, 3, 4, 9
+_XSAVEC, _XSAVES = 1 << 1, 1 << 3
+_XFEATURES_EXTENDED = ((1 << 64) - 1) & ~0x3
+_MISC_ENABLE = 0x1A0
 _VIRTUAL_BITS = (0, 48, 57)
 _DEFAULT_WIDTH = 36
 _TOPOLOGY = (0xB, 0x1F)
-_OSXSAVE, _APIC, _OSPKE = 27, 9, 4
-_CR4_OSXSAVE, _CR4_PKE = 1 << 18, 1 << 22
-_APIC_ENABLE = 1 << 11
-_XSAVES_OR_XSAVEC = 1 << 3 | 1 << 1
 
 
 def set_cpuid(vcpu: Vcpu, arg: int) -> int:
@@ -36,25 +37,26 @@ def set_cpuid(vcpu: Vcpu, arg: int) -> int:
         refuse(errno.E2BIG)
     table = user.read(arg + _HEADER, header.nent * _ENTRY)
     if vcpu.has_run:
-        if table != vcpu.cpuid:
+        if _comparable(vcpu, table) != _comparable(vcpu, vcpu.cpuid):
             refuse(errno.EINVAL)
         return 0
-    sizes = find_leaf(table, _ADDRESS_SIZES)
+    entries = _entries(table)
+    sizes = _find(entries, _ADDRESS_SIZES)
     if sizes is not None and sizes.eax >> 8 & 0xFF not in _VIRTUAL_BITS:
         refuse(errno.EINVAL)
     vcpu.cpuid = table
-    _apply(vcpu, sizes)
+    _apply(vcpu, entries, sizes)
     return 0
 
 
 def get_cpuid(vcpu: Vcpu, arg: int) -> int:
-    """KVM_GET_CPUID2: what was set."""
+    """KVM_GET_CPUID2: what was set, but for what follows other state."""
     user = vcpu.vm.host.user
     header = copy_in(user, "kvm_cpuid2", arg)
     count = len(vcpu.cpuid) // _ENTRY
     if header.nent < count:
         refuse(errno.E2BIG)
-    user.write(arg + _HEADER, vcpu.cpuid)
+    user.write(arg + _HEADER, bytes(ffi.buffer(_at_runtime(vcpu, vcpu.cpuid))))
     header.nent = count
     copy_out(user, arg, header)
     return 0
@@ -63,51 +65,79 @@ def get_cpuid(vcpu: Vcpu, arg: int) -> int:
 def answer(
     vcpu: Vcpu, function: int, index: int, *, cr4: int, xcr0: int
 ) -> tuple[int, int, int, int]:
-    """kvm_cpuid(): EAX, EBX, ECX, EDX for the guest, with what depends on its registers."""
-    entry = find_leaf(vcpu.cpuid, function, index)
-    if entry is None:
-        known = find_leaf(vcpu.cpuid, function, 1) if function in _TOPOLOGY else None
-        return (0, 0, 0, 0) if known is None else (0, 0, index & 0xFF, known.edx)
-    eax, ebx, ecx, edx = entry.eax, entry.ebx, entry.ecx, entry.edx
-    # kvm_update_cpuid_runtime()
-    if function == 1:
-        ecx = _with_bit(ecx, _OSXSAVE, bool(cr4 & _CR4_OSXSAVE))
-        edx = _with_bit(edx, _APIC, bool(vcpu.state.apic_base & _APIC_ENABLE))
-    elif (function, index) == (7, 0):
-        ecx = _with_bit(ecx, _OSPKE, bool(cr4 & _CR4_PKE))
-    elif (function, index) == (_XSAVE, 0):
-        ebx = xsave_size(xcr0, compacted=False)
-    elif (function, index) == (_XSAVE, 1) and eax & _XSAVES_OR_XSAVEC:
-        ebx = xsave_size(xcr0, compacted=True)
-    return eax, ebx, ecx, edx
-
-
-def _with_bit(word: int, bit: int, value: bool) -> int:
-    return word | 1 << bit if value else word & ~(1 << bit)
-
-
-def _apply(vcpu: Vcpu, sizes: Any) -> None:
-    """What KVM takes from the table for its own checks."""
-    state = vcpu.state
-    xsave = find_leaf(vcpu.cpuid, _XSAVE)
-    given = xsave.eax | xsave.edx << 32 if xsave is not None else 0
-    state.guest_xcr0 = given & vcpu.vm.host.supported_xcr0
-    head = find_leaf(vcpu.cpuid, 0x80000000)
-    known = sizes is not None and head is not None and head.eax >= _ADDRESS_SIZES
-    width = sizes.eax & 0xFF if known else _DEFAULT_WIDTH
-    sev = find_leaf(vcpu.cpuid, _SEV)
-    c_bit = sev.ebx & 0x3F if sev is not None and vcpu.vm.sev.active else None
-    state.reserved_gpa_bits = reserved_gpa_bits(width, c_bit)
+    """kvm_cpuid(): EAX, EBX, ECX, EDX for the guest, whose CR4 and XCR0 are these."""
+    entries = _at_runtime(vcpu, vcpu.cpuid, cr4=cr4, xcr0=xcr0)
+    entry = _find(entries, function, index)
+    if entry is not None:
+        return int(entry.eax), int(entry.ebx), int(entry.ecx), int(entry.edx)
+    known = _find(entries, function, 1) if function in _TOPOLOGY else None
+    return (0, 0, 0, 0) if known is None else (0, 0, index & 0xFF, int(known.edx))
 
 
 def find_leaf(table: bytes, function: int, index: int = 0) -> Any:
     """The first entry of a leaf in a KVM_SET_CPUID2 table, or None."""
+    entries = _entries(table)
+    entry = _find(entries, function, index)
+    # Not a view: the table would go with it.
+    return None if entry is None else ffi.new("struct kvm_cpuid_entry2 *", entry)
+
+
+def _comparable(vcpu: Vcpu, table: bytes) -> list[bytes]:
+    """What kvm_cpuid_check_equal() compares: padding isn't."""
+    used = ffi.offsetof("struct kvm_cpuid_entry2", "padding")
+    cr4, xcr0 = vcpu.state.cr4, vcpu.state.xcr0
+    entries = _at_runtime(vcpu, table, cr4=cr4, xcr0=xcr0)
+    return [bytes(ffi.buffer(entry)[:used]) for entry in map(ffi.addressof, entries)]
+
+
+def _at_runtime(vcpu: Vcpu, table: bytes, *, cr4: int, xcr0: int) -> Any:
+    """__kvm_update_cpuid_runtime(): fields that follow CR4, the APIC base, XCR0 and XSS."""
+    entries, state = _entries(table), vcpu.state
+    basic, structured = _find(entries, 0x1), _find(entries, 0x7)
+    if basic is not None:
+        _set_bit(basic, "ecx", _OSXSAVE, cr4 >> 18 & 1)
+        _set_bit(basic, "edx", _APIC, state.apic_base >> 11 & 1)
+        if vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT:
+            _set_bit(basic, "ecx", _MONITOR, state.msrs[_MISC_ENABLE] >> 18 & 1)
+    if structured is not None:
+        _set_bit(structured, "ecx", _OSPKE, cr4 >> 22 & 1)
+    extended = xcr0 & _XFEATURES_EXTENDED
+    sizes, compact = _find(entries, _XSAVE), _find(entries, _XSAVE, 1)
+    if sizes is not None:
+        sizes.ebx = xsave_size(extended, compacted=False)
+    if compact is not None and compact.eax & (_XSAVEC | _XSAVES):
+        compact.ebx = xsave_size(extended, compacted=True)
+    return entries
+
+
+def _set_bit(entry: Any, register: str, bit: int, value: int) -> None:
+    setattr(entry, register, getattr(entry, register) & ~(1 << bit) | value << bit)
+
+
+def _apply(vcpu: Vcpu, entries: Any, sizes: Any) -> None:
+    """What KVM takes from the table for its own checks."""
+    state = vcpu.state
+    xsave = _find(entries, _XSAVE)
+    given = xsave.eax | xsave.edx << 32 if xsave is not None else 0
+    state.guest_xcr0 = given & vcpu.vm.host.supported_xcr0
+    head = _find(entries, 0x80000000)
+    known = sizes is not None and head is not None and head.eax >= _ADDRESS_SIZES
+    width = sizes.eax & 0xFF if known else _DEFAULT_WIDTH
+    sev = _find(entries, _SEV)
+    c_bit = sev.ebx & 0x3F if sev is not None and vcpu.vm.sev.active else None
+    state.reserved_gpa_bits = reserved_gpa_bits(width, c_bit)
+    state.guest = limits(lambda function, index: _find(entries, function, index))
+
+
+def _entries(table: bytes) -> Any:
     entries = ffi.new("struct kvm_cpuid_entry2[]", len(table) // _ENTRY)
     ffi.buffer(entries)[:] = table
+    return entries
+
+
+def _find(entries: Any, function: int, index: int = 0) -> Any:
+    """The first entry of a leaf, or None."""
     for entry in entries:
-        significant = entry.flags & 1
-        if entry.function == function and (not significant or entry.index == index):
-            out = ffi.new("struct kvm_cpuid_entry2 *")
-            ffi.memmove(out, ffi.addressof(entry), _ENTRY)
-            return out
+        if entry.function == function and (not entry.flags & 1 or entry.index == index):
+            return entry
     return None

@@ -14,8 +14,8 @@ One fault is one text::
 ``NAME`` of ``errno`` is an ioctl (``KVM_CREATE_VCPU``), a command of KVM_MEMORY_ENCRYPT_OP with or
 without KVM_SEV_ (``SNP_LAUNCH_START``, ``INIT2``), or a command of /dev/sev
 (``SNP_PLATFORM_STATUS``). ``NAME`` of ``fw`` is a firmware command: SNP_GCTX_CREATE,
-SNP_LAUNCH_START, SNP_ACTIVATE, SNP_LAUNCH_UPDATE, SNP_LAUNCH_FINISH, SNP_DECOMMISSION,
-SNP_PAGE_RECLAIM, SNP_PLATFORM_STATUS, SNP_COMMIT, SNP_CONFIG, SNP_VLEK_LOAD.
+SNP_LAUNCH_START, SNP_ACTIVATE, SNP_LAUNCH_UPDATE, SNP_LAUNCH_FINISH, SNP_GUEST_REQUEST,
+SNP_DECOMMISSION, SNP_PAGE_RECLAIM, SNP_PLATFORM_STATUS, SNP_COMMIT, SNP_CONFIG, SNP_VLEK_LOAD.
 
 ``ERRNO`` is a name (EIO) or a number; numbers are decimal or 0x hex; ``@N`` counts from 1, is 1
 when left out, and ``@N+`` means from then on.
@@ -41,6 +41,7 @@ FIRMWARE_COMMANDS = (
     "SNP_CONFIG",
     "SNP_DECOMMISSION",
     "SNP_GCTX_CREATE",
+    "SNP_GUEST_REQUEST",
     "SNP_LAUNCH_FINISH",
     "SNP_LAUNCH_START",
     "SNP_LAUNCH_UPDATE",

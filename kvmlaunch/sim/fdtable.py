@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
     from threading import RLock
@@ -15,6 +16,20 @@ __all__ = ["FIRST_FD", "FdTable", "File"]
 
 FIRST_FD = 10000
 """Lowest virtual descriptor: high enough that no real one is mistaken for it."""
+
+_FALLOCATE_MODES = frozenset(
+    {
+        0,
+        lib.KL_FALLOC_KEEP_SIZE,
+        lib.KL_FALLOC_KEEP_SIZE | lib.KL_FALLOC_PUNCH_HOLE,
+        lib.KL_FALLOC_COLLAPSE_RANGE,
+        lib.KL_FALLOC_ZERO_RANGE,
+        lib.KL_FALLOC_KEEP_SIZE | lib.KL_FALLOC_ZERO_RANGE,
+        lib.KL_FALLOC_INSERT_RANGE,
+        lib.KL_FALLOC_UNSHARE_RANGE,
+        lib.KL_FALLOC_KEEP_SIZE | lib.KL_FALLOC_UNSHARE_RANGE,
+    }
+)
 
 _FileT = TypeVar("_FileT", bound="File")
 
@@ -37,7 +52,15 @@ class File:
         return ()
 
     def fallocate(self, mode: int, offset: int, length: int) -> int:
-        """fallocate(2) on this file."""
+        """fallocate(2): what vfs_fallocate() checks before it asks the file."""
+        if offset < 0 or length <= 0:
+            refuse(errno.EINVAL)
+        if mode not in _FALLOCATE_MODES:
+            refuse(errno.EOPNOTSUPP)
+        return self.allocate(mode, offset, length)
+
+    def allocate(self, mode: int, offset: int, length: int) -> int:
+        """fallocate(2) on this file, with a mode that the VFS knows."""
         refuse(errno.ENODEV)
 
     def mmap(self, length: int, offset: int) -> int:

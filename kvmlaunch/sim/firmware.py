@@ -6,7 +6,8 @@ CPUID page is corrected in place. Source: AMD 56860, chapter of each command; th
 checks is that of one observed firmware release (obs) and may differ elsewhere.
 
 Not simulated: encryption of memory (pages stay readable in `PhysicalMemory`), the register
-protection of a VMSA (SEV_FEATURES bit 14), migration, swapping, guest requests.
+protection of a VMSA (SEV_FEATURES bit 14), migration, swapping. Guest requests are in
+`firmware_messages`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.secrets_page import SecretsPage
 
 from .cpuid_policy import correct_page
-from .firmware_platform import PlatformCommands, PlatformStatus
+from .firmware_messages import MessageCommands
+from .firmware_platform import PlatformStatus
 from .guest_context import GuestContext, GuestState, MeasuredPage
 from .id_block_check import AUTHOR_KEY, ID_KEY, check_id_block
 from .launch_policy import policy_refused
@@ -57,12 +59,13 @@ class GuestStatus(NamedTuple):
     vcek_dis: bool = False
 
 
-class SecureProcessor(PlatformCommands):
+class SecureProcessor(MessageCommands):
     """The secure processor of one host. Commands return the firmware status.
 
-    Page addresses are SPAs. `random` gives keys and ids, in the order VMPCK0..3, VMRK,
-    report id. `fault` is asked with the command's name before anything else; what it
-    returns, unless None, is the command's status.
+    Page addresses are SPAs. `random` gives keys and ids: VMPCK0..3, VMRK and report id at
+    LAUNCH_START, the chip secret when a key is first made of it. `fault` is asked with the
+    command's name before anything else; what it returns, unless None, is the command's
+    status.
     """
 
     def gctx_create(self, gctx: int) -> int:
@@ -117,6 +120,7 @@ class SecureProcessor(PlatformCommands):
         guest.desired_tsc_khz = desired_tsc_khz
         guest.ma_gctx = ma_gctx
         guest.launch_tcb = self.profile.current_tcb.encode(self.profile.product)
+        guest.launch_mit_vector = self.profile.mit_vector
         guest.vmpck = (self._random(32), self._random(32), self._random(32), self._random(32))
         guest.vmrk = self._random(32)
         guest.report_id = self._random(32)
@@ -286,17 +290,6 @@ class SecureProcessor(PlatformCommands):
 
     # Helpers.
 
-    def _guest(
-        self, gctx: int, *, bad_parameter: bool = False
-    ) -> tuple[FwStatus, GuestContext | None]:
-        """The checks that every guest command begins with."""
-        if bad_parameter or gctx % PAGE_SIZE:
-            return FwStatus.INVALID_PARAM, None
-        if not self._initialised:
-            return FwStatus.INVALID_PLATFORM_STATE, None
-        guest = self._contexts.get(gctx)
-        return (FwStatus.SUCCESS if guest else FwStatus.INVALID_GUEST), guest
-
     def _update_refused(
         self,
         guest: GuestContext,
@@ -359,12 +352,10 @@ class SecureProcessor(PlatformCommands):
         ).encode()
 
     def _set_tsc(self, guest: GuestContext, page: memoryview) -> None:
-        """Secure TSC: scale (8.32 fixed point) and offset 0, after measuring (obs)."""
+        """Secure TSC: scale and offset 0, after measuring (obs)."""
         features = int.from_bytes(page[_VMSA_SEV_FEATURES], "little")
         if features & _SECURE_TSC:
-            nominal = self.profile.tsc_khz
-            scale = ((guest.desired_tsc_khz or nominal) << 32) // nominal
-            page[_VMSA_TSC] = scale.to_bytes(8, "little") + bytes(8)
+            page[_VMSA_TSC] = self._tsc_scale(guest).to_bytes(8, "little") + bytes(8)
 
     def _keep_id_block(
         self, guest: GuestContext, id_block: bytes, id_auth: bytes, auth_key_en: bool

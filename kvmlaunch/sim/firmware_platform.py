@@ -11,9 +11,12 @@ from typing import NamedTuple
 
 from kvmlaunch.abi.fwstatus import FwStatus
 from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.abi.tcb import Tcb
 
+from .certificates import CertificateAuthority
 from .cpumodel import CpuModel
-from .firmware_profiles import VLEK_HASHSTICK_SIZE, FirmwareProfile, Tcb
+from .endorsement import ChipKeys
+from .firmware_profiles import VLEK_HASHSTICK_SIZE, FirmwareProfile
 from .guest_context import GuestContext, GuestState
 from .memory import PhysicalMemory
 from .rmp import LARGE_PAGE_SIZE, PageState, Rmp, RmpEntry
@@ -68,8 +71,11 @@ class PlatformCommands:
         self._flush_needed: set[int] = set()
         self._committed_tcb = profile.committed_tcb
         self._reported_tcb = profile.committed_tcb
+        self._committed_version = profile.committed_version
         self._mask_word = 0
         self._vlek: bytes | None = None
+        self._keys = ChipKeys(random)
+        self._authority = CertificateAuthority(profile.product)
 
     def init(self) -> int:
         """SNP_INIT (with INIT_RMP)."""
@@ -92,8 +98,8 @@ class PlatformCommands:
             int(self._initialised),
             self._initialised,
             self.profile.build,
-            bool(self._mask_word & _CONFIG_MASK_CHIP_ID),
-            bool(self._mask_word & _CONFIG_MASK_CHIP_KEY),
+            self._mask_chip_id,
+            self._mask_chip_key,
             self._vlek is not None,
             len(started),
             self.profile.current_tcb.encode(self.profile.product),
@@ -124,6 +130,7 @@ class PlatformCommands:
             return ordered
         # GEN: allowed in any platform state; REPORTED_TCB follows.
         self._committed_tcb = self._reported_tcb = self.profile.current_tcb
+        self._committed_version = self.profile.version
         return FwStatus.SUCCESS
 
     def vlek_load(self, hashstick: bytes) -> int:
@@ -166,3 +173,24 @@ class PlatformCommands:
             return FwStatus.INVALID_PAGE_SIZE
         self._rmp.store(spa, RmpEntry(assigned=True, page_size=page_size))
         return FwStatus.SUCCESS
+
+    # Helpers.
+
+    @property
+    def _mask_chip_id(self) -> bool:
+        return bool(self._mask_word & _CONFIG_MASK_CHIP_ID)
+
+    @property
+    def _mask_chip_key(self) -> bool:
+        return bool(self._mask_word & _CONFIG_MASK_CHIP_KEY)
+
+    def _guest(
+        self, gctx: int, *, bad_parameter: bool = False
+    ) -> tuple[FwStatus, GuestContext | None]:
+        """The checks that every guest command begins with."""
+        if bad_parameter or gctx % PAGE_SIZE:
+            return FwStatus.INVALID_PARAM, None
+        if not self._initialised:
+            return FwStatus.INVALID_PLATFORM_STATE, None
+        guest = self._contexts.get(gctx)
+        return (FwStatus.SUCCESS if guest else FwStatus.INVALID_GUEST), guest

@@ -5,61 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeAlias
 
+from kvmlaunch.abi.tcb import Product, Tcb
+
 __all__ = [
     "VLEK_HASHSTICK_SIZE",
     "CpuidPolicyName",
     "FirmwareProfile",
-    "Product",
-    "Tcb",
     "firmware_profile",
 ]
 
-Product: TypeAlias = Literal["Milan", "Genoa", "Turin"]
 CpuidPolicyName: TypeAlias = Literal["strict", "permissive"]
 
 VLEK_HASHSTICK_SIZE = 432
 """Bytes of a wrapped VLEK hashstick (SNP_VLEK_LOAD)."""
 
-# TCB_VERSION, byte index of each component (56860; layouts of virtee/sev).
-_TCB_LAYOUT: dict[str, dict[str, int]] = {
-    "Milan": {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7},
-    "Genoa": {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7},
-    "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Tcb:
-    """Security versions of a platform's parts. `fmc` exists on Turin only."""
-
-    bootloader: int = 0
-    tee: int = 0
-    snp: int = 0
-    microcode: int = 0
-    fmc: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not 0 <= value <= 0xFF:
-                raise ValueError(f"{name} {value} does not fit in a byte")
-
-    def encode(self, product: str) -> int:
-        """Return TCB_VERSION (u64) in the layout of `product`."""
-        layout = _TCB_LAYOUT[product]
-        if self.fmc and "fmc" not in layout:
-            raise ValueError(f"{product} has no FMC version")
-        return sum(getattr(self, name) << 8 * byte for name, byte in layout.items())
-
-    def covers(self, other: Tcb) -> bool:
-        """Whether every part is at least that of `other`."""
-        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
-        return all(a >= b for a, b in zip(mine, others, strict=True))
-
-    @classmethod
-    def decode(cls, product: str, value: int) -> Tcb:
-        """Read a TCB_VERSION; reserved bytes are skipped."""
-        return cls(**{n: value >> 8 * byte & 0xFF for n, byte in _TCB_LAYOUT[product].items()})
-
+_CHIP_ID_SIZE = 64
+_HWID_SIZE = {"Milan": 64, "Genoa": 64, "Turin": 8}
 
 # Made up.
 _TCBS: dict[Product, Tcb] = {
@@ -80,6 +41,8 @@ class FirmwareProfile:
 
     `policy_bits` are the guest policy bits that are known, the others reserved. `smt_enabled`
     to `cxl_present` are what LAUNCH_START and ACTIVATE compare policies with.
+    `report_version` is 3 by default, for reports that name their CPU, although firmware up to
+    1.55 gives 2 (obs); 5 brings the mitigation vectors.
     """
 
     product: Product = "Milan"
@@ -88,6 +51,7 @@ class FirmwareProfile:
     build: int = 21
     current_tcb: Tcb = _TCBS["Milan"]
     committed_tcb: Tcb = _TCBS["Milan"]
+    committed_version: tuple[int, int, int] = (1, 55, 21)  # major, minor, build
     smt_enabled: bool = True
     sockets: int = 1
     mem_aes_256_xts: bool = False
@@ -100,6 +64,23 @@ class FirmwareProfile:
     tsc_khz: int = 2_000_000
     tsc_factor: int = 200  # units of 0.001 %; a plausible value (obs)
     check_id_block_version: bool = False  # not every release checks it (obs)
+    report_version: int = 3
+    mit_vector: int = 0
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """Major, minor and build of the running firmware."""
+        return self.api_major, self.api_minor, self.build
+
+    @property
+    def hwid(self) -> bytes:
+        """The chip's name: 64 bytes, on Turin 8."""
+        return b"SIMULATED"[: _HWID_SIZE[self.product]].ljust(_HWID_SIZE[self.product], b"\0")
+
+    @property
+    def chip_id(self) -> bytes:
+        """CHIP_ID of reports: `hwid` in 64 bytes."""
+        return self.hwid.ljust(_CHIP_ID_SIZE, b"\0")
 
 
 def firmware_profile(product: Product = "Milan", api: tuple[int, int] = (1, 55)) -> FirmwareProfile:
@@ -115,5 +96,6 @@ def firmware_profile(product: Product = "Milan", api: tuple[int, int] = (1, 55))
         api_minor=api[1],
         current_tcb=tcb,
         committed_tcb=tcb,
+        committed_version=(*api, FirmwareProfile.build),
         policy_bits=_POLICY_BITS_1_55 if api <= (1, 55) else _POLICY_BITS_NEWER,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from .measurement import Measurement
 
@@ -32,10 +32,10 @@ class MeasuredPage(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class GuestContext:
-    """One guest. `repr` shows no keys and no report id.
+    """One guest. `repr` shows no keys and no report id, and it can't be pickled or copied.
 
     `asid` is 0 until ACTIVATE. `id_key_digest` and the fields beside it are zero without an
-    ID block. `msg_count` counts per VMPCK, for guest messages.
+    ID block. `msg_count` is the number of the last message under each VMPCK.
     """
 
     state: GuestState = GuestState.INIT
@@ -46,6 +46,7 @@ class GuestContext:
     desired_tsc_khz: int = 0
     ma_gctx: int = 0
     launch_tcb: int = 0
+    launch_mit_vector: int = 0
 
     measurement: Measurement = dataclasses.field(default_factory=Measurement)
     imi_measurement: Measurement = dataclasses.field(default_factory=Measurement, repr=False)
@@ -68,3 +69,6 @@ class GuestContext:
     id_key_digest: bytes = dataclasses.field(default=bytes(48), repr=False)
     author_key_digest: bytes = dataclasses.field(default=bytes(48), repr=False)
     host_data: bytes = dataclasses.field(default=bytes(32), repr=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a guest context can't be pickled or copied")

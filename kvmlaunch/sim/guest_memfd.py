@@ -67,15 +67,13 @@ class GuestMemfd(File):
         assert self._mapping is not None
         return address_of(ffi.from_buffer(self._mapping)) + offset
 
-    def fallocate(self, mode: int, offset: int, length: int) -> int:
+    def allocate(self, mode: int, offset: int, length: int) -> int:
         """Preallocate, or punch a hole: free pages and take them from the guest."""
-        # vfs_fallocate() and kvm_gmem_fallocate(), in this order.
-        if offset < 0 or length <= 0:
-            refuse(errno.EINVAL)
-        if mode not in (_ALLOCATE, _PUNCH):
-            refuse(errno.EOPNOTSUPP)
+        # vfs_fallocate(), then kvm_gmem_fallocate().
         if offset + length > _MAX_SIGNED:
             refuse(errno.EFBIG)
+        if mode not in (_ALLOCATE, _PUNCH):
+            refuse(errno.EOPNOTSUPP)
         if offset % PAGE_SIZE or length % PAGE_SIZE:
             refuse(errno.EINVAL)
         first, end = offset // PAGE_SIZE, (offset + length) // PAGE_SIZE
@@ -110,14 +108,10 @@ class GuestMemfd(File):
         )
 
     def mark_shared(self, spa: int) -> None:
-        """Give a page back to the hypervisor, as kvm_gmem_invalidate() does."""
-        host = self.vm.host
-        if not host.rmp.lookup(spa).assigned:
-            return
-        if host.rmp.make_shared(spa):
-            # Firmware's page (launched but never run pages are not): reclaim it first.
-            host.psp.page_reclaim(spa)
-            host.rmp.make_shared(spa)
+        """sev_gmem_invalidate(): a page that the RMP won't give back stays as it is."""
+        rmp = self.vm.host.rmp
+        if rmp.lookup(spa).assigned:
+            rmp.make_shared(spa)
 
     def _punch(self, first: int, end: int) -> None:
         pages = [index for index in self.present if first <= index < end]

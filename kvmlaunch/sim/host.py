@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import functools
 import threading
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
+from kvmlaunch.abi.tcb import Product
 from kvmlaunch.sim.cpumodel import cpu_model
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import FdTable
 from kvmlaunch.sim.firmware import SecureProcessor
-from kvmlaunch.sim.firmware_profiles import Product, firmware_profile
+from kvmlaunch.sim.firmware_profiles import firmware_profile
 from kvmlaunch.sim.gate import Gate
+from kvmlaunch.sim.guest_limits import GuestLimits, limits
 from kvmlaunch.sim.memory import PhysicalMemory
 from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.sim.psp import Psp
@@ -99,11 +102,27 @@ class Host:
         self.psp = Psp(self.processor, self.memory, faults)
         self.asids = AsidPool(self.cpu.max_snp_asid, self.processor.df_flush)
 
+    def alloc_firmware_page(self) -> int | None:
+        """snp_alloc_firmware_page(): a page that only firmware writes to; None if that fails."""
+        spa = self.memory.alloc()
+        return None if self.rmp.make_private(spa, 0, 0, immutable=True) else spa
+
+    def free_firmware_page(self, spa: int) -> None:
+        """snp_free_firmware_page(); one that can't be reclaimed is leaked, and kills nobody."""
+        if not self.psp.page_reclaim(spa) and not self.rmp.make_shared(spa):
+            self.memory.free(spa)
+
     @property
     def phys_bits(self) -> int:
         """Width of a physical address on the bare CPU."""
         leaf = self.cpu.hardware_cpuid(0x80000008)
         return leaf[0] & 0xFF if leaf else 36
+
+    @functools.cached_property
+    def guest_limits(self) -> GuestLimits:
+        """What KVM's own CPUID table forbids."""
+        leaves = {(leaf.function, leaf.index): leaf for leaf in self.cpuid}
+        return limits(lambda function, index: leaves.get((function, index)))
 
     @property
     def supported_xcr0(self) -> int:

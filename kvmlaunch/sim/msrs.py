@@ -9,12 +9,23 @@ from types import MappingProxyType
 from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
-__all__ = ["APIC", "FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "TSC", "VMCB", "transfer"]
+__all__ = [
+    "ADDRESSES",
+    "APIC",
+    "FEATURES",
+    "PASSED_THROUGH",
+    "PLAIN",
+    "SAVED",
+    "TSC",
+    "VMCB",
+    "transfer",
+]
 
 _MAX_BATCH = 256
 _ENTRY = ffi.sizeof("struct kvm_msr_entry")
 
 EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
+SYSENTER_ESP, SYSENTER_EIP = 0x175, 0x176
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
 
 TSC = 0x10
@@ -29,8 +40,8 @@ VMCB: Mapping[int, str] = MappingProxyType(
         0xC0000084: "sfmask",
         0xC0000102: "kernel_gs_base",
         0x174: "sysenter_cs",
-        0x175: "sysenter_esp",
-        0x176: "sysenter_eip",
+        SYSENTER_ESP: "sysenter_esp",
+        SYSENTER_EIP: "sysenter_eip",
         PAT: "g_pat",
         DEBUGCTL: "dbgctl",
         0x1DB: "br_from",
@@ -58,7 +69,13 @@ PLAIN: Mapping[int, int] = MappingProxyType(
 """MSR -> reset value, kept by KVM and never in the VMSA."""
 
 PASSED_THROUGH = frozenset({*VMCB, EFER, XSS, FS_BASE, GS_BASE})
-"""MSRs that a running SNP guest owns: after encryption a batch stops at them."""
+"""MSRs that a running SNP guest owns: after encryption a batch stops at them.
+
+The guest's CPUID decides for XSS and SYSENTER_ESP/EIP (VcpuState.passes_through()).
+"""
+
+ADDRESSES = frozenset({FS_BASE, GS_BASE, 0xC0000102, 0xC0000083, 0xC0000082})
+"""MSRs that refuse an address that isn't canonical (__kvm_set_msr())."""
 
 SAVED = tuple(sorted({*VMCB, *PLAIN, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE}))
 """KVM_GET_MSR_INDEX_LIST."""
@@ -97,6 +114,7 @@ def transfer(
         elif access is not None:
             value = access(entry.index)
             if value is None:
+                entry.data = 0  # kvm_do_msr_access(): a read that fails shows nothing old
                 break
             entry.data = value
         done += 1

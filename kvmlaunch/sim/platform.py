@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from kvmlaunch.abi.report import SigningKey
+from kvmlaunch.errors import MissingCapability
+from kvmlaunch.sim.certificates import CertificateChain
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.host import Host, MachineMaker
@@ -173,6 +176,17 @@ class SimPlatform:
             if context is None:
                 return []
             return [MeasuredPage(*page) for page in self._host.processor.measured_pages(context)]
+
+    def certificate_chain(self, *, vlek: bool = False) -> CertificateChain:
+        """Certificates of the key that signs this host's reports, as AMD's key server has them.
+
+        The first call takes a second. Raises MissingCapability for a VLEK that isn't loaded.
+        """
+        kind = SigningKey.VLEK if vlek else SigningKey.VCEK
+        chain = self._host.processor.certificate_chain(kind)
+        if chain is None:
+            raise MissingCapability("a loaded VLEK", "the VLEK's certificate")
+        return chain
 
     def _vm_file(self, fd: int) -> VmFile:
         return self._host.fds.get_kind(fd, VmFile, errno.EINVAL)

@@ -59,6 +59,7 @@ class KernelProfile:
         guest_memfd_flags: flags of KVM_CREATE_GUEST_MEMFD on a VM without private memory.
         guest_memfd_flags_private: the same on an SNP VM.
         guest_memfd_on_default_vm: guest_memfd slots work on a VM without private memory.
+        sregs_check_efer: KVM_SET_SREGS holds EFER against CPUID: long mode needs LM there.
         req_certs: KVM_SEV_SNP_ENABLE_REQ_CERTS and its attribute exist.
         hypercall_ret_cleared: KVM presets hypercall.ret before a page state change exits.
         ap_create_exact_features: AP creation wants SEV_FEATURES as in INIT2, not only the same
@@ -83,6 +84,7 @@ class KernelProfile:
     guest_memfd_flags: int
     guest_memfd_flags_private: int
     guest_memfd_on_default_vm: bool
+    sregs_check_efer: bool
     req_certs: bool
     hypercall_ret_cleared: bool
     ap_create_exact_features: bool
@@ -110,6 +112,7 @@ _6_12 = KernelProfile(
     guest_memfd_flags=0,
     guest_memfd_flags_private=0,
     guest_memfd_on_default_vm=False,
+    sregs_check_efer=True,
     req_certs=False,
     hypercall_ret_cleared=False,
     ap_create_exact_features=False,
@@ -132,6 +135,7 @@ _6_18 = replace(
     guest_memfd_on_default_vm=True,
     hypercall_ret_cleared=True,
     ap_create_exact_features=True,
+    sregs_check_efer=False,
     quirks=_QUIRKS_6_18,
 )
 

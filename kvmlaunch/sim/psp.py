@@ -51,6 +51,12 @@ class Psp:
         """SNP_PAGE_RECLAIM; its status word."""
         return self.status("SNP_PAGE_RECLAIM", lambda: self.processor.page_reclaim(spa))
 
+    def guest_request(self, gctx: int, request: int, response: int) -> int:
+        """SNP_GUEST_REQUEST from one page to another; its status word."""
+        return self.status(
+            "SNP_GUEST_REQUEST", lambda: self.processor.guest_request(gctx, request, response)
+        )
+
     def _update(self, gctx: int, spa: int, page_type: int) -> int:
         if page_type == lib.KVM_SEV_SNP_PAGE_TYPE_CPUID:
             correction = self._faults.cpuid_correction()

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim import launch_finish, launch_update
+from kvmlaunch.sim.guest_request import GuestRequests
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import command_name, ffi, lib
 
 if TYPE_CHECKING:
+    from kvmlaunch.sim.host import Host
     from kvmlaunch.sim.vm import Vm
 
 __all__ = ["SevVm", "encrypt_op", "register_region", "unregister_region"]
@@ -19,6 +21,11 @@ __all__ = ["SevVm", "encrypt_op", "register_region", "unregister_region"]
 _SNP_ACTIVE = 1 << 0
 _GHCB_VERSION_MAX = 2
 _POLICY_SMT, _POLICY_MBO, _POLICY_SINGLE_SOCKET = 1 << 16, 1 << 17, 1 << 20
+
+# Ids that no kernel has a handler for (sev_mem_enc_ioctl()).
+_LEGACY_UNKNOWN = frozenset(
+    {lib.KVM_SEV_SEND_UPDATE_VMSA, lib.KVM_SEV_RECEIVE_UPDATE_VMSA, lib.KVM_SEV_CERT_EXPORT}
+)
 
 _CommandHandler = Callable[["Vm", Any], None]
 
@@ -37,7 +44,13 @@ class SevVm:
         self.fd = -1
         self.req_certs = False
         self.ap_jump_table = 0
+        self.requests: GuestRequests | None = None
         self.regions: list[tuple[int, int]] = []
+
+    @property
+    def host(self) -> Host:
+        """The machine that the VM is on."""
+        return self._vm.host
 
     @property
     def is_snp(self) -> bool:
@@ -75,14 +88,14 @@ class SevVm:
             return
         if host.psp.status("SNP_DECOMMISSION", lambda: host.processor.decommission(context)):
             return
-        self._free_context_page(context)
+        host.free_firmware_page(context)
         self.context = None
 
     def create_context(self, command: Any) -> int | None:
         """snp_context_create(): None whatever went wrong."""
         host = self._vm.host
-        spa = host.memory.alloc()
-        if host.rmp.make_private(spa, 0, 0, immutable=True):
+        spa = host.alloc_firmware_page()
+        if spa is None:
             return None
         try:
             self.issue(
@@ -92,7 +105,7 @@ class SevVm:
                 lambda: host.processor.gctx_create(spa),
             )
         except OSError:
-            self._free_context_page(spa)
+            host.free_firmware_page(spa)
             return None
         return spa
 
@@ -100,15 +113,11 @@ class SevVm:
         """The VM is gone."""
         if not self.active:
             return
+        if self.requests is not None:
+            self.requests.free()
         self.decommission()
         if self.context is None:
             self._vm.host.asids.give_back(self.asid)
-
-    def _free_context_page(self, spa: int) -> None:
-        host = self._vm.host
-        # A page that can't be reclaimed is leaked; unlike a guest page it kills nobody.
-        if not host.psp.page_reclaim(spa) and not host.rmp.make_shared(spa):
-            host.memory.free(spa)
 
 
 def encrypt_op(vm: Vm, arg: int) -> int:
@@ -135,7 +144,9 @@ def _handler(vm: Vm, command: int) -> _CommandHandler | None:
         return _enable_req_certs
     if command in (lib.KVM_SEV_INIT, lib.KVM_SEV_ES_INIT):
         return _legacy_init
-    if command <= lib.KVM_SEV_SEND_CANCEL and command != lib.KVM_SEV_CERT_EXPORT:
+    if command == lib.KVM_SEV_RECEIVE_UPDATE_DATA:
+        return _legacy_receive_update_data
+    if command <= lib.KVM_SEV_SEND_CANCEL and command not in _LEGACY_UNKNOWN:
         return _legacy
     return {
         lib.KVM_SEV_INIT2: _init2,
@@ -155,6 +166,11 @@ def _legacy(vm: Vm, command: Any) -> None:
     refuse(errno.ENOTTY)
 
 
+def _legacy_receive_update_data(vm: Vm, command: Any) -> None:
+    """The same, with an errno of its own."""
+    refuse(errno.EINVAL)
+
+
 def _init2(vm: Vm, command: Any) -> None:
     sev, profile = vm.sev, vm.host.profile
     if not sev.need_init or not vm.is_snp_type:
@@ -169,6 +185,7 @@ def _init2(vm: Vm, command: Any) -> None:
     sev.asid = vm.host.asids.take()
     sev.features = init.vmsa_features | _SNP_ACTIVE
     sev.ghcb_version = init.ghcb_version or _GHCB_VERSION_MAX
+    sev.requests = GuestRequests(sev)
     sev.active, sev.need_init = True, False
 
 

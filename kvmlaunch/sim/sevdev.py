@@ -16,7 +16,6 @@ from kvmlaunch.uapi import ffi, lib
 __all__ = ["SevDevice"]
 
 _VLEK_HASHSTICK = ffi.sizeof("struct sev_user_data_snp_wrapped_vlek_hashstick")
-_CHIP_ID = b"SIMULATED".ljust(64, b"\0")
 _COMMANDS = {
     getattr(lib, name): name
     for name in (
@@ -105,19 +104,20 @@ class SevDevice(File):
 
     def _get_id(self, issue: Any) -> None:
         out = ffi.new("struct sev_user_data_get_id *")
-        ffi.buffer(out.socket1)[:] = _CHIP_ID
+        ffi.buffer(out.socket1)[:] = self._host.processor.profile.chip_id
         copy_out(self._host.user, issue.data, out)
 
     def _get_id2(self, issue: Any) -> None:
         user = self._host.user
         query = copy_in(user, "sev_user_data_get_id2", issue.data)
+        chip_id = self._host.processor.profile.chip_id
         room = query.length if query.address else 0
-        query.length = len(_CHIP_ID)
-        if room < len(_CHIP_ID):
+        query.length = len(chip_id)
+        if room < len(chip_id):
             copy_out(user, issue.data, query)
             self._fail(issue, lib.SEV_RET_INVALID_LEN)
         issue.error = lib.SEV_RET_SUCCESS
-        user.write(query.address, _CHIP_ID)
+        user.write(query.address, chip_id)
         copy_out(user, issue.data, query)
 
     def _snp_platform_status(self, issue: Any) -> None:

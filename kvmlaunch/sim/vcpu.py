@@ -34,7 +34,12 @@ class Vcpu:
         bsp = vcpu_id == vm.bsp_id
         host = vm.host
         self.state = VcpuState(
-            host.supported_xcr0, host.supported_xss, host.xsave_components, bsp=bsp
+            host.supported_xcr0,
+            host.supported_xss,
+            host.xsave_components,
+            host.guest_limits,
+            bsp=bsp,
+            sregs_check_efer=host.profile.sregs_check_efer,
         )
         self.lapic = bytearray(1024)
         self.events = ffi.new("struct kvm_vcpu_events *")

@@ -79,19 +79,24 @@ def _get_sregs2(vcpu: Vcpu, arg: int) -> int:
     _need_open_state(vcpu)
     out = ffi.new("struct kvm_sregs2 *")
     _fill_sregs(vcpu, out)
+    if vcpu.state.pae_paging:
+        out.flags, out.pdptrs = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID, vcpu.state.pdptrs
     copy_out(vcpu.vm.host.user, arg, out)
     return 0
 
 
 def _set_sregs2(vcpu: Vcpu, arg: int) -> int:
-    sregs = copy_in(vcpu.vm.host.user, "kvm_sregs2", arg)
+    # Before the struct is read, unlike KVM_SET_SREGS (x86.c: kvm_arch_vcpu_ioctl()).
     _need_open_state(vcpu)
+    sregs = copy_in(vcpu.vm.host.user, "kvm_sregs2", arg)
     if sregs.flags & ~lib.KVM_SREGS2_FLAGS_PDPTRS_VALID:
         refuse(errno.EINVAL)
     pae = sregs.cr0 >> 31 & sregs.cr4 >> 5 & ~(sregs.efer >> 10) & 1
     if sregs.flags and not pae:
         refuse(errno.EINVAL)
     _take_sregs(vcpu, sregs)
+    if sregs.flags:
+        vcpu.state.pdptrs = list(sregs.pdptrs)
     return 0
 
 
@@ -117,7 +122,9 @@ def _take_sregs(vcpu: Vcpu, sregs: Any) -> None:
     for name in ("gdt", "idt"):
         table = getattr(sregs, name)
         state.vmcb.set_table(name, table.limit, table.base)
-    state.cr2, state.cr8 = sregs.cr2, sregs.cr8 & 0xF
+    state.cr2 = sregs.cr2
+    if not sregs.cr8 & ~0xF:  # kvm_set_cr8() refuses, and nobody looks
+        state.cr8 = sregs.cr8
     state.set_cr3(sregs.cr3)
     state.set_efer(sregs.efer)
     state.clear_cd_nw = not vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED
@@ -182,7 +189,7 @@ def _set_guest_debug(vcpu: Vcpu, arg: int) -> int:
 
 def _get_msrs(vcpu: Vcpu, arg: int) -> int:
     def read(index: int) -> int | None:
-        if vcpu.protected and index in msrs.PASSED_THROUGH:
+        if vcpu.protected and vcpu.state.passes_through(index):
             return None
         return vcpu.state.get_msr(index)
 
@@ -191,7 +198,7 @@ def _get_msrs(vcpu: Vcpu, arg: int) -> int:
 
 def _set_msrs(vcpu: Vcpu, arg: int) -> int:
     def write(index: int, value: int) -> bool:
-        if vcpu.protected and index in msrs.PASSED_THROUGH:
+        if vcpu.protected and vcpu.state.passes_through(index):
             return False
         return vcpu.state.set_msr(index, value)
 
@@ -390,9 +397,16 @@ def _pre_fault_page(vcpu: Vcpu, gfn: int) -> int:
     vm = vcpu.vm
     if not vm.pre_fault_allowed:
         return errno.EOPNOTSUPP
-    if vm.slots.find(gfn) is None:
-        return errno.ENOENT
-    if vm.attributes.is_private(gfn) and vm.memory.private_page(gfn * PAGE_SIZE) is None:
+    slot, private = vm.slots.find(gfn), vm.attributes.is_private(gfn)
+    if slot is None:
+        return errno.EFAULT if private else errno.ENOENT  # kvm_handle_noslot_fault()
+    if not private:
+        try:
+            vm.host.user.read(slot.hva + (gfn - slot.base_gfn) * PAGE_SIZE, 1)
+        except OSError:
+            return errno.EFAULT
+        return 0
+    if vm.memory.private_page(gfn * PAGE_SIZE) is None:
         return errno.EFAULT
     return 0
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kvmlaunch.sim import msrs
 from kvmlaunch.sim.fpu import FpuState
+from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits, canonical
 from kvmlaunch.sim.vmcb import Segment, Vmcb
 
 __all__ = ["GENERAL", "VcpuState"]
@@ -20,11 +21,10 @@ _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
 _CR0_PE, _CR0_ET, _CR0_NW, _CR0_CD, _CR0_PG = 1 << 0, 1 << 4, 1 << 29, 1 << 30, 1 << 31
 _CR4_PAE, _CR4_MCE = 1 << 5, 1 << 6
-_CR4_KNOWN = 0x01FFFFFF
 _EFER_LME, _EFER_LMA, _EFER_SVME = 1 << 8, 1 << 10, 1 << 12
-_EFER_KNOWN = 0x1 | _EFER_LME | _EFER_LMA | 1 << 11 | _EFER_SVME | 1 << 13 | 1 << 14 | 1 << 15
 _RFLAGS_FIXED = 1 << 1
-_DEBUGCTL_KNOWN = 0x3F
+# KVM drops BTF and the bits of the external pins, and refuses all but LBR of the rest.
+_DEBUGCTL_LBR, _DEBUGCTL_DROPPED = 1 << 0, 0x3E
 _APIC_DEFAULT, _APIC_ENABLE, _APIC_X2, _APIC_BSP = 0xFEE00000, 1 << 11, 1 << 10, 1 << 8
 _APIC_RESERVED = 0x2FF
 _PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
@@ -40,8 +40,10 @@ class VcpuState:
         supported_xcr0: int,
         supported_xss: int,
         xsave_components: Mapping[int, tuple[int, int]],
+        host: GuestLimits,
         *,
         bsp: bool,
+        sregs_check_efer: bool = True,
     ) -> None:
         self.vmcb = Vmcb()
         self.fpu = FpuState(supported_xcr0, xsave_components)
@@ -56,7 +58,12 @@ class VcpuState:
         self.db = [0, 0, 0, 0]
         self.dr6, self.dr7 = 0xFFFF0FF0, 0x400
         self.msrs = dict(msrs.PLAIN)
+        self._sysenter_high = {msrs.SYSENTER_ESP: 0, msrs.SYSENTER_EIP: 0}
+        self.pdptrs = [0, 0, 0, 0]
+        self._host = host
+        self._sregs_check_efer = sregs_check_efer
         # What SET_CPUID2 makes known about the guest's CPU.
+        self.guest = NOTHING_KNOWN
         self.guest_xcr0 = 1
         self.reserved_gpa_bits = _reserved(36)
         self.set_cr0(_CR0_CD | _CR0_NW | _CR0_ET)
@@ -107,6 +114,12 @@ class VcpuState:
         self.efer = value
         self.vmcb["efer"] = value | _EFER_SVME
 
+    @property
+    def pae_paging(self) -> bool:
+        """Whether the page directory pointers are part of the state (is_pae_paging())."""
+        paging = self.cr0 & _CR0_PG and self.cr4 & _CR4_PAE
+        return bool(paging) and not self.efer & _EFER_LMA
+
     def set_regs(self, values: dict[str, int]) -> None:
         """KVM_SET_REGS."""
         self.vmcb["rflags"] = values.pop("rflags") | _RFLAGS_FIXED
@@ -123,16 +136,19 @@ class VcpuState:
                 return False
         elif efer & _EFER_LMA or cs_l:
             return False
-        if cr4 & ~_CR4_KNOWN or cr0 >> 32:
+        if cr4 & (self._host.cr4 | self.guest.cr4) or cr0 >> 32:
+            return False
+        if self._sregs_check_efer and efer & (self._host.efer | self.guest.efer_features):
             return False
         return not (cr0 & _CR0_NW and not cr0 & _CR0_CD) and not (
             cr0 & _CR0_PG and not cr0 & _CR0_PE
         )
 
     def apic_base_valid(self, value: int) -> bool:
-        """kvm_set_apic_base(): reserved bits, and x2APIC without APIC."""
+        """kvm_set_apic_base(): reserved bits, and x2APIC without APIC or CPUID."""
+        reserved = _APIC_RESERVED | self.reserved_gpa_bits | (0 if self.guest.x2apic else _APIC_X2)
         x2_alone = value & _APIC_X2 and not value & _APIC_ENABLE
-        return not value & (_APIC_RESERVED | self.reserved_gpa_bits) and not x2_alone
+        return not value & reserved and not x2_alone
 
     def segments(self) -> dict[str, dict[str, int]]:
         """All segments of ``struct kvm_sregs``, as KVM reports them."""
@@ -169,6 +185,9 @@ class VcpuState:
         }
         if index in special:
             return special[index]
+        if index in self._sysenter_high:
+            high = 0 if self.guest.amd else self._sysenter_high[index]
+            return high << 32 | self.vmcb[msrs.VMCB[index]]
         if index in msrs.VMCB:
             return self.vmcb[msrs.VMCB[index]]
         return self.msrs.get(index)
@@ -181,25 +200,44 @@ class VcpuState:
             self.set_efer(value & ~_EFER_LMA | self.efer & _EFER_LMA)
         elif index == msrs.XSS:
             self.xss = value
+        elif index == msrs.DEBUGCTL:
+            self.vmcb["dbgctl"] = value & _DEBUGCTL_LBR
         elif index == msrs.APIC_BASE:
             self.apic_base = value
         elif index in (msrs.FS_BASE, msrs.GS_BASE):
             self.vmcb.set_base("fs" if index == msrs.FS_BASE else "gs", value)
+        elif index in self._sysenter_high:
+            # AMD's registers have 32 bits; KVM keeps the rest for guests that aren't AMD's.
+            value = canonical(value, self._host.virtual_bits)
+            self.vmcb[msrs.VMCB[index]] = value & 0xFFFFFFFF
+            self._sysenter_high[index] = 0 if self.guest.amd else value >> 32
         elif index in msrs.VMCB:
             self.vmcb[msrs.VMCB[index]] = value
         elif index in msrs.PLAIN:
-            self.msrs[index] = value
+            self.msrs[index] = value & 0xFFFFFFFF if index == msrs.TSC_AUX else value
         else:
             return False
         return True
 
+    def passes_through(self, index: int) -> bool:
+        """Whether an SNP guest has this MSR for itself (svm.c, sev.c: set_msr_interception())."""
+        if index in self._sysenter_high:
+            return self.guest.amd
+        if index == msrs.XSS:
+            return self.guest.xsaves
+        return index in msrs.PASSED_THROUGH
+
     def _msr_value_valid(self, index: int, value: int) -> bool:
+        if index in msrs.ADDRESSES:
+            return canonical(value, self._host.virtual_bits) == value
+        if index == msrs.TSC_AUX:
+            return self.guest.amd or not value >> 32
         if index == msrs.EFER:
-            return not value & ~_EFER_KNOWN
+            return not value & self._host.efer
         if index == msrs.PAT:
             return all(byte in _PAT_TYPES for byte in value.to_bytes(8, "little"))
         if index == msrs.DEBUGCTL:
-            return not value & ~_DEBUGCTL_KNOWN
+            return not value & ~(_DEBUGCTL_LBR | _DEBUGCTL_DROPPED)
         if index == msrs.XSS:
             return not value & ~self.supported_xss
         return index != msrs.APIC_BASE or self.apic_base_valid(value)

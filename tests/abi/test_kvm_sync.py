@@ -54,6 +54,11 @@ def test_synced_of_long_mode_is_itself() -> None:
         # struct kvm_dtable: base u64, limit u16
         ({"gdtr": Segment(1, 2, 0x1FFFF, 3)}, "gdtr", Segment(0, 0, 0xFFFF, 3)),
         ({"idtr": Segment(1, 2, 0x1FFFF, 3)}, "idtr", Segment(0, 0, 0xFFFF, 3)),
+        # svm_set_msr: (u32)data; BTF and bits 5:2 are dropped
+        ({"sysenter_esp": 5 << 32 | 7}, "sysenter_esp", 7),
+        ({"sysenter_eip": 5 << 32 | 7}, "sysenter_eip", 7),
+        ({"dbgctl": 0x3F}, "dbgctl", 1),
+        ({"dbgctl": 2}, "dbgctl", 0),
     ],
 )
 def test_synced_changes_field_as_kvm_does(wanted: dict[str, Any], name: str, value: object) -> None:
@@ -82,7 +87,7 @@ def test_synced_drops_field_without_an_ioctl(name: str) -> None:
     "name",
     [
         *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rip", "r8", "r9", "r10"),
-        *("r11", "r12", "r13", "r14", "r15", "cr3", "xss", "pkru", "dr6", "g_pat", "dbgctl"),
+        *("r11", "r12", "r13", "r14", "r15", "cr3", "xss", "pkru", "dr6", "g_pat"),
         *("star", "lstar", "cstar", "sfmask", "kernel_gs_base", "spec_ctrl"),
         *("sysenter_cs", "sysenter_esp", "sysenter_eip"),
         *("mxcsr", "x87_fcw", "x87_fsw", "x87_ftw", "x87_fop", "x87_dp", "x87_rip"),
@@ -120,6 +125,7 @@ def test_synced_takes_features_of_init2_not_of_the_state() -> None:
         ({"cr0": 0x80000011, "efer": 0x1100, "cr4": 0x20}, "lacks LMA"),
         ({"cr0": 0x80000011, "efer": 0x1500}, "lacks PAE"),
         ({"cs": Segment(attrib=0x29B)}, "L outside long mode"),
+        ({"dbgctl": 0x40}, "dbgctl"),
     ],
 )
 def test_synced_of_state_that_kvm_refuses_is_format_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from kvmlaunch.sim.cpumodel import cpu_model
 from kvmlaunch.sim.firmware import SecureProcessor
@@ -66,11 +67,20 @@ class Rig:
         assert self.psp.activate(gctx, asid) == 0
         return gctx
 
-    def finished(self, asid: int = 1) -> int:
+    def finished(self, asid: int = 1, **options: Any) -> int:
         """A context in state RUNNING."""
         gctx = self.activated(asid)
-        assert self.psp.launch_finish(gctx, id_block=None, id_auth=None) == 0
+        options = {"id_block": None, "id_auth": None, **options}
+        assert self.psp.launch_finish(gctx, **options) == 0
         return gctx
+
+    def request(self, gctx: int, message: bytes) -> tuple[int, bytes]:
+        """Status of SNP_GUEST_REQUEST and the response page, which held 0xEE bytes."""
+        request, response = self.memory.alloc(), self.memory.alloc()
+        self.memory.page(request)[: len(message)] = message
+        self.memory.page(response)[:] = b"\xee" * 4096
+        assert self.rmp.make_private(response, 0, 0, immutable=True) == 0
+        return self.psp.guest_request(gctx, request, response), self.contents(response)
 
     def pre_guest(self, gpa: int = 0x1000, contents: bytes = b"", asid: int = 1) -> int:
         """A page in the state that LAUNCH_UPDATE wants."""

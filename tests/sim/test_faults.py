@@ -26,6 +26,7 @@ MARK = 0xABCD1234
         "SNP_PLATFORM_STATUS:errno=524",
         "SNP_LAUNCH_UPDATE:fw=0x16@2",
         "SNP_LAUNCH_UPDATE:fw=22",
+        "SNP_GUEST_REQUEST:fw=0x1d@2+",
         "SNP_LAUNCH_UPDATE:partial=5",
         "SNP_LAUNCH_UPDATE:signal=0@3",
         "SNP_PAGE_RECLAIM:fail",
@@ -157,6 +158,18 @@ def test_firmware_status_at_nth_page():
         assert words == [0, 0, 0x1C, 0]
 
 
+def test_vm_reclaims_its_response_page_before_it_decommissions():
+    # snp_guest_req_init() takes a Firmware page at INIT2; sev_vm_destroy() gives it back first.
+    with simulated() as platform:
+        guest = Guest(platform)
+        guest.ok(guest.start()[0])
+        issued = []
+        status = platform._host.psp.status
+        platform._host.psp.status = lambda name, call: issued.append(name) or status(name, call)
+        platform.close(guest.vm)
+        assert issued == ["SNP_PAGE_RECLAIM", "SNP_DECOMMISSION", "SNP_PAGE_RECLAIM"]
+
+
 def test_second_reclaim_failure_kills_the_second_vm_only():
     faults = ["SNP_LAUNCH_UPDATE:fw=0x1c@1+", "SNP_PAGE_RECLAIM:fail@2"]
     with simulated(faults=faults) as platform:
@@ -166,6 +179,19 @@ def test_second_reclaim_failure_kills_the_second_vm_only():
         probe = struct("kvm_enable_cap")
         assert first.ioctl(first.vm, lib.KVM_ENABLE_CAP, probe) == (-1, errno.EINVAL)
         assert second.ioctl(second.vm, lib.KVM_ENABLE_CAP, probe) == (-1, errno.EIO)
+
+
+def test_page_that_could_not_be_reclaimed_is_not_asked_for_again():
+    # sev_gmem_invalidate() only tries RMPUPDATE; firmware isn't asked.
+    faults = ["SNP_LAUNCH_UPDATE:fw=0x1a", "SNP_PAGE_RECLAIM:fail"]
+    with simulated(faults=faults) as platform:
+        guest = launched(platform)
+        guest.update_pages()
+        issued = []
+        status = platform._host.psp.status
+        platform._host.psp.status = lambda name, call: issued.append(name) or status(name, call)
+        platform.close(guest.gmem)
+        assert issued == []
 
 
 def test_faults_object_may_be_given_instead_of_texts():

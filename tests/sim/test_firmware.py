@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from kvmlaunch.abi.tcb import Product
 from kvmlaunch.sim.firmware import GuestState, SecureProcessor
-from kvmlaunch.sim.firmware_profiles import FirmwareProfile, Product, firmware_profile
+from kvmlaunch.sim.firmware_profiles import FirmwareProfile, firmware_profile
 
 from .rig import NOWHERE, POLICY, Rig
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from kvmlaunch.abi.tcb import Tcb
 from kvmlaunch.sim.firmware import SecureProcessor
-from kvmlaunch.sim.firmware_profiles import FirmwareProfile, Tcb
+from kvmlaunch.sim.firmware_profiles import FirmwareProfile
 from kvmlaunch.sim.rmp import RmpEntry
 
 from .rig import POLICY, Rig
@@ -77,31 +78,6 @@ def test_platform_status_counts_guests_from_start_to_decommission() -> None:
     assert rig.psp.platform_status().guest_count == 1
     rig.psp.decommission(gctx)
     assert rig.psp.platform_status().guest_count == 0
-
-
-@pytest.mark.parametrize(
-    ("product", "value"),
-    [
-        ("Milan", 0x0407000000000201),
-        ("Genoa", 0x0407000000000201),
-        ("Turin", 0x0400000007020100),
-    ],
-)
-def test_tcb_encode_has_the_products_layout(product: str, value: int) -> None:
-    tcb = Tcb(bootloader=1, tee=2, snp=7, microcode=4)
-    assert tcb.encode(product) == value
-    assert Tcb.decode(product, value) == tcb
-
-
-def test_tcb_encode_fmc_is_turins_byte_0() -> None:
-    assert Tcb(fmc=5).encode("Turin") == 5
-    with pytest.raises(ValueError, match="no FMC"):
-        Tcb(fmc=5).encode("Milan")
-
-
-def test_tcb_above_a_byte_raises() -> None:
-    with pytest.raises(ValueError, match="snp 256"):
-        Tcb(snp=256)
 
 
 def test_config_sets_reported_tcb_and_masks() -> None:

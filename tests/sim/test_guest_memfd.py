@@ -70,6 +70,23 @@ def test_fallocate_with_wrong_mode_is_eopnotsupp(guest, mode):
     assert guest.platform.fallocate(fd, mode, 1, 1) == (-1, errno.EOPNOTSUPP)
 
 
+# vfs_fallocate(): modes that the VFS knows, 8 collapse, 0x10 zero, 0x40 unshare, come as far as the
+# size check, which is before the file's own; 4 (hide stale) and 9 don't.
+@pytest.mark.parametrize(
+    ("mode", "code"),
+    [
+        *((mode, errno.EFBIG) for mode in (0, 8, 0x10, 0x11, 0x20, 0x40, 0x41, KEEP, KEEP | PUNCH)),
+        *((mode, errno.EOPNOTSUPP) for mode in (PUNCH, 4, 9, 0x13, 0x21)),
+    ],
+)
+def test_fallocate_too_big_is_efbig_when_vfs_knows_the_mode(guest, mode, code):
+    fd = guest.ok(guest.create_gmem())
+    assert guest.platform.fallocate(fd, mode, (1 << 63) - PAGE, PAGE) == (-1, code)
+    assert guest.platform.fallocate(guest.vm, mode, (1 << 63) - PAGE, PAGE) == (
+        (-1, errno.ENODEV) if code == errno.EFBIG else (-1, code)
+    )
+
+
 @pytest.mark.parametrize("mode", [KEEP, KEEP | PUNCH])
 @pytest.mark.parametrize(("offset", "length"), [(1, PAGE), (0, 1), (PAGE, PAGE + 1), (0, 0)])
 def test_fallocate_unaligned_or_empty_is_einval(guest, mode, offset, length):

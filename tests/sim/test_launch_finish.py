@@ -235,6 +235,22 @@ def test_register_ioctl_after_finish_is_einval(guest, verb, name):
     assert guest.ioctl(guest.vcpus[0], request, args) == EINVAL
 
 
+# kvm_arch_vcpu_ioctl(): only SET_SREGS2 looks at the vCPU before it reads the struct.
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("REGS", errno.EFAULT),
+        ("SREGS", errno.EFAULT),
+        ("SREGS2", errno.EINVAL),
+        ("DEBUGREGS", errno.EFAULT),
+        ("XCRS", errno.EFAULT),
+    ],
+)
+def test_set_with_a_null_struct_after_finish(guest, name, code):
+    guest.ok(guest.finish()[0])
+    assert guest.ioctl(guest.vcpus[0], getattr(lib, f"KVM_SET_{name}")) == (-1, code)
+
+
 def test_guest_debug_after_finish_is_einval(guest):
     guest.ok(guest.finish()[0])
     debug = struct("kvm_guest_debug")
@@ -253,6 +269,23 @@ def test_memory_ioctls_after_finish_are_allowed(guest):
     assert guest.set_attributes(guest.GPA, PAGE, 0) == OK
     assert guest.platform.fallocate(guest.gmem, 3, 0, PAGE) == OK
     assert guest.set_region(memory_size=0) == OK
+
+
+# kvm_handle_noslot_fault(): a private frame is a memory fault, a shared one would be MMIO.
+@pytest.mark.parametrize(("private", "code"), [(True, errno.EFAULT), (False, errno.ENOENT)])
+def test_pre_fault_without_a_slot(guest, private, code):
+    guest.ok(guest.finish()[0])
+    guest.ok(guest.set_attributes(0x900000, PAGE, 8 if private else 0))
+    args = struct("kvm_pre_fault_memory", gpa=0x900000, size=PAGE)
+    assert guest.ioctl(guest.vcpus[0], lib.KVM_PRE_FAULT_MEMORY, args) == (-1, code)
+
+
+def test_pre_fault_of_shared_memory_that_is_not_there_is_efault(guest):
+    guest.ok(guest.finish()[0])
+    place = {"guest_phys_addr": 0x900000, "memory_size": PAGE, "userspace_addr": 0}
+    guest.ok(guest.set_region(slot=7, **place))
+    args = struct("kvm_pre_fault_memory", gpa=0x900000, size=PAGE)
+    assert guest.ioctl(guest.vcpus[0], lib.KVM_PRE_FAULT_MEMORY, args) == (-1, errno.EFAULT)
 
 
 def test_pre_fault_is_eopnotsupp_before_and_allowed_after_finish(guest):

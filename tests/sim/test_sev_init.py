@@ -47,7 +47,8 @@ def test_old_command_after_init2_is_eperm_without_copy_back(new, command):
     assert not copied_back(new, command)
 
 
-@pytest.mark.parametrize("command", [19, 23, 50, 99, 103, 104, 0xFFFFFFFF])
+# 10, 14 and 19 have names, but no case in sev_mem_enc_ioctl().
+@pytest.mark.parametrize("command", [10, 14, 19, 23, 50, 99, 103, 104, 0xFFFFFFFF])
 def test_unknown_command_before_init2_is_einval_without_copy_back(new, command):
     assert new.sev(new.vm, command, error=MARK) == (EINVAL, MARK)
     assert not copied_back(new, command)
@@ -65,10 +66,16 @@ def test_legacy_init_on_snp_type_is_einval_with_copy_back(new, command):
     assert copied_back(new, command)
 
 
-@pytest.mark.parametrize("command", [*range(2, 19), 20, 21])
+@pytest.mark.parametrize("command", [*range(2, 10), 11, 12, 15, 16, 17, 18, 20, 21])
 def test_legacy_command_before_init2_is_enotty_with_copy_back(new, command):
     assert new.sev(new.vm, command, error=MARK) == ((-1, errno.ENOTTY), MARK)
     assert copied_back(new, command)
+
+
+def test_receive_update_data_before_init2_is_einval_with_copy_back(new):
+    # sev_receive_update_data() has an errno of its own for a VM that isn't SEV.
+    assert new.sev(new.vm, lib.KVM_SEV_RECEIVE_UPDATE_DATA, error=MARK) == (EINVAL, MARK)
+    assert copied_back(new, lib.KVM_SEV_RECEIVE_UPDATE_DATA)
 
 
 @pytest.mark.parametrize("command", [22, 100, 101, 102])

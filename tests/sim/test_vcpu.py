@@ -121,9 +121,66 @@ def test_64_bit_code_segment_outside_long_mode_is_einval(machine):
     assert machine.call("KVM_SET_SREGS", sregs) == EINVAL
 
 
-def test_long_mode_sregs_are_taken(machine):
+# kvm_is_valid_sregs() of 6.12.117 asks kvm_valid_efer(): each bit needs its feature in CPUID
+# 0x80000001 (LM EDX 29, NX EDX 20, SVM ECX 2). The 6.18.44 that was tried takes them all.
+@pytest.mark.parametrize(
+    ("profile", "ecx", "edx", "efer", "works"),
+    [
+        ("6.12", 0, 0, 0x500, False),
+        ("6.12", 0, 1 << 29, 0x500, True),
+        ("6.12", 0, 1 << 29, 0xD00, False),
+        ("6.12", 0, 1 << 29 | 1 << 20, 0xD00, True),
+        ("6.12", 0, 1 << 29, 0x1500, False),
+        ("6.12", 1 << 2, 1 << 29, 0x1500, True),
+        ("6.18", 0, 0, 0x1D00, True),
+    ],
+)
+def test_long_mode_sregs_need_cpuid_on_6_12(profile, ecx, edx, efer, works):
+    with simulated(profile) as platform:
+        machine = Machine(platform)
+        machine.ok(machine.set_cpuid((0x80000001, 0, 0, 0, 0, ecx, edx)))
+        sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+        sregs.efer, sregs.cr0, sregs.cr4, sregs.cr3 = efer, 0x80000011, 0x20, 0x1000
+        assert machine.call("KVM_SET_SREGS", sregs) == (OK if works else EINVAL)
+
+
+# __cr4_reserved_bits(): before SET_CPUID2 only what KVM itself lacks is refused, then also what
+# the guest's table lacks. LA57 (bit 12) and VMX (13) Milan has not.
+@pytest.mark.parametrize(
+    ("bit", "before", "after", "with_feature"),
+    [
+        (18, OK, EINVAL, (1, 0, 0, 0, 0, 1 << 26, 0)),  # OSXSAVE
+        (20, OK, EINVAL, (7, 0, 1, 0, 1 << 7, 0, 0)),  # SMEP
+        (22, OK, EINVAL, (7, 0, 1, 0, 0, 1 << 3, 0)),  # PKE
+        (12, EINVAL, EINVAL, None),
+        (13, EINVAL, EINVAL, None),
+        (9, OK, OK, None),  # OSFXSR needs nothing
+    ],
+)
+def test_cr4_bits_follow_cpuid(machine, bit, before, after, with_feature):
     sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
-    sregs.efer, sregs.cr0, sregs.cr4, sregs.cr3 = 0x500, 0x80000011, 0x20, 0x1000
+    sregs.cr4 = 1 << bit
+    assert machine.call("KVM_SET_SREGS", sregs) == before
+    machine.ok(machine.set_cpuid((0, 0, 0, 7, 0, 0, 0)))
+    assert machine.call("KVM_SET_SREGS", sregs) == after
+    if with_feature:
+        machine.ok(machine.set_cpuid(with_feature))
+        assert machine.call("KVM_SET_SREGS", sregs) == OK
+
+
+def test_cr8_that_is_too_big_is_ignored(machine):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+    for cr8, kept in ((5, 5), (0x17, 5), (1 << 63, 5), (0xF, 0xF)):
+        sregs.cr8 = cr8
+        machine.ok(machine.call("KVM_SET_SREGS", sregs))
+        assert machine.get(machine.vcpu, lib.KVM_GET_SREGS).cr8 == kept
+
+
+def test_x2apic_base_needs_cpuid(machine):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+    sregs.apic_base = 0xFEE00D00
+    assert machine.call("KVM_SET_SREGS", sregs) == EINVAL
+    machine.ok(machine.set_cpuid((1, 0, 0, 0, 0, 1 << 21, 0)))
     assert machine.call("KVM_SET_SREGS", sregs) == OK
 
 
@@ -132,6 +189,21 @@ def test_sregs2_flags_without_pae_paging_are_einval(machine, flags):
     sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS2)
     sregs.flags = flags
     assert machine.call("KVM_SET_SREGS2", sregs) == EINVAL
+
+
+# kvm_vcpu_ioctl_x86_get_sregs2(): only with PAE paging, without long mode.
+def test_sregs2_have_pdptrs_with_pae_paging(machine):
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS2)
+    assert sregs.flags == 0
+    sregs.cr0, sregs.cr4, sregs.flags = 0x80000011, 0x20, lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
+    sregs.pdptrs = [1, 2, 3, 4]
+    machine.ok(machine.call("KVM_SET_SREGS2", sregs))
+    again = machine.get(machine.vcpu, lib.KVM_GET_SREGS2)
+    assert (again.flags, list(again.pdptrs)) == (1, [1, 2, 3, 4])
+    sregs.cr4, sregs.flags = 0, 0
+    machine.ok(machine.call("KVM_SET_SREGS2", sregs))
+    again = machine.get(machine.vcpu, lib.KVM_GET_SREGS2)
+    assert (again.flags, list(again.pdptrs)) == (0, [0] * 4)
 
 
 # DEBUGREGS, XCRS
@@ -207,7 +279,8 @@ def test_msr_batch_when_one_is_unknown_stops_there(machine):
     assert machine.call("KVM_SET_MSRS", header) == (1, 0)
     keep, header = msrs((STAR, 9), (LSTAR, 9), (UNKNOWN, 9))
     assert machine.call("KVM_GET_MSRS", header) == (2, 0)
-    assert [header.entries[n].data for n in range(3)] == [1, 0, 9]
+    # kvm_do_msr_access() zeroes what can't be read.
+    assert [header.entries[n].data for n in range(3)] == [1, 0, 0]
     del keep
 
 
@@ -247,8 +320,88 @@ def test_msrs_after_encryption_stop_at_what_the_guest_owns():
         keep, header = msrs((TSC_AUX, 0), (STAR, 0))
         assert guest.ioctl(vcpu, lib.KVM_GET_MSRS, header) == (1, 0)
         assert guest.ioctl(vcpu, lib.KVM_SET_MSRS, header) == (1, 0)
-        keep, header = msrs((0xC0000080, 0))
+        keep, header = msrs((0xC0000080, 7))
         assert guest.ioctl(vcpu, lib.KVM_GET_MSRS, header) == (0, 0)
+        assert header.entries[0].data == 0
+        del keep
+
+
+# svm_set_msr(): AMD has 32 bits of SYSENTER_ESP and _EIP; the upper half is kept aside unless the
+# guest's vendor is AMD (guest_cpuid_is_intel_compatible(): no vendor is none of AMD's).
+@pytest.mark.parametrize("index", [0x175, 0x176])
+@pytest.mark.parametrize(
+    ("vendor", "high"), [((0, 0, 0), 5), ((0x68747541, 0x444D4163, 0x69746E65), 0)]
+)
+def test_sysenter_msrs_keep_the_upper_half_for_intel_only(machine, index, vendor, high):
+    machine.ok(machine.set_cpuid((0, 0, 0, 0, *vendor)))
+    keep, header = msrs((index, 5 << 32 | 7))
+    assert machine.call("KVM_SET_MSRS", header) == (1, 0)
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == high << 32 | 7
+    del keep
+
+
+# __kvm_set_msr(): addresses must be canonical (48 bits on Milan, 57 on Genoa); SYSENTER's are made
+# so instead, and TSC_AUX has 32 bits, which only guests of another vendor are told.
+@pytest.mark.parametrize("index", [0xC0000082, 0xC0000083, 0xC0000100, 0xC0000101, 0xC0000102])
+@pytest.mark.parametrize(
+    ("product", "value", "done"),
+    [
+        ("Milan", 0x7FFFFFFFFFFF, 1),
+        ("Milan", 0x800000000000, 0),
+        ("Milan", 0xFFFF800000000000, 1),
+        ("Genoa", 0x800000000000, 1),
+        ("Genoa", 1 << 56, 0),
+    ],
+)
+def test_address_msr_must_be_canonical(index, product, value, done):
+    with simulated(product=product) as platform:
+        machine = Machine(platform)
+        keep, header = msrs((index, value))
+        assert machine.call("KVM_SET_MSRS", header) == (done, 0)
+        del keep
+
+
+def test_sysenter_address_is_made_canonical(machine):
+    keep, header = msrs((0x175, 1 << 47 | 5))
+    assert machine.call("KVM_SET_MSRS", header) == (1, 0)
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == 0xFFFF800000000005
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("vendor", "done"), [((0, 0, 0), 0), ((0x68747541, 0x444D4163, 0x69746E65), 1)]
+)
+def test_tsc_aux_has_32_bits(machine, vendor, done):
+    machine.ok(machine.set_cpuid((0, 0, 0, 0, *vendor)))
+    keep, header = msrs((TSC_AUX, 1 << 32 | 7))
+    assert machine.call("KVM_SET_MSRS", header) == (done, 0)
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == (7 if done else 0)
+    del keep
+
+
+# set_msr_interception(): the guest has SYSENTER_ESP/EIP only if its vendor is AMD, XSS only if
+# its CPUID has XSAVES (leaf 0xD, index 1, EAX bit 3).
+@pytest.mark.parametrize(
+    ("index", "leaf", "done"),
+    [
+        (0x176, (0, 0, 0, 0, 0, 0, 0), 1),
+        (0x176, (0, 0, 0, 0, 0x68747541, 0x444D4163, 0x69746E65), 0),
+        (0xDA0, (0xD, 1, 1, 0, 0, 0, 0), 1),
+        (0xDA0, (0xD, 1, 1, 8, 0, 0, 0), 0),
+    ],
+)
+def test_msr_after_encryption_is_readable_when_it_is_intercepted(index, leaf, done):
+    with simulated() as platform:
+        guest = launched(platform)
+        machine = Machine.__new__(Machine)
+        machine.platform, machine.vcpu = platform, guest.vcpus[0]
+        machine.ok(machine.set_cpuid(leaf))
+        guest.ok(guest.finish()[0])
+        keep, header = msrs((index, 7))
+        assert machine.call("KVM_GET_MSRS", header) == (done, 0)
         del keep
 
 
@@ -274,7 +427,30 @@ def test_get_cpuid_gives_the_table_or_e2big(machine):
     header.nent = 4
     assert machine.call("KVM_GET_CPUID2", header) == OK
     assert header.nent == 2
-    assert (header.entries[1].function, header.entries[1].edx) == (1, 8)
+    # __kvm_update_cpuid_runtime(): APIC (EDX bit 9) follows the APIC base, which is enabled.
+    assert (header.entries[1].function, header.entries[1].edx) == (1, 8 | 1 << 9)
+    del keep
+
+
+def test_get_cpuid_follows_cr4_and_xcr0(machine):
+    leaves = ((1, 0, 0, 0, 0, 1 << 26, 0), (0xD, 0, 1, 7, 1, 0x340, 0), (0xD, 1, 1, 2, 1, 0, 0))
+    machine.ok(machine.set_cpuid(*leaves))
+    keep = ffi.new("char[]", 8 + 4 * ENTRY)
+    header = ffi.cast("struct kvm_cpuid2 *", keep)
+    header.nent = 4
+    machine.ok(machine.call("KVM_GET_CPUID2", header))
+    # Legacy area and header only: 0x240 bytes (APM 2, XSAVE area).
+    assert [header.entries[n].ebx for n in (1, 2)] == [0x240, 0x240]
+    assert header.entries[0].ecx == 1 << 26
+    xcrs = struct("kvm_xcrs", nr_xcrs=1)
+    xcrs.xcrs[0].value = 7
+    machine.ok(machine.call("KVM_SET_XCRS", xcrs))
+    sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+    sregs.cr4 = 1 << 18
+    machine.ok(machine.call("KVM_SET_SREGS", sregs))
+    machine.ok(machine.call("KVM_GET_CPUID2", header))
+    assert [header.entries[n].ebx for n in (1, 2)] == [0x340, 0x340]
+    assert header.entries[0].ecx == 1 << 26 | 1 << 27
     del keep
 
 

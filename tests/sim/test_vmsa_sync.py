@@ -262,6 +262,19 @@ def test_msr_lands_in_the_page(vm, index, offset, value):
     assert quad(vm.page(), offset) == value
 
 
+@pytest.mark.parametrize(("index", "offset"), [(0x175, 0x230), (0x176, 0x238)])
+def test_sysenter_msr_lands_with_its_lower_half(vm, index, offset):
+    assert vm.set_msr(index, 5 << 32 | 7) == 1
+    assert quad(vm.page(), offset) == 7
+
+
+# svm_set_msr(): the bits of external pins (5:2) and BTF are dropped, the rest but LBR refused.
+@pytest.mark.parametrize(("value", "done", "kept"), [(0x3F, 1, 1), (0x3E, 1, 0), (0x40, 0, 0)])
+def test_debugctl_keeps_lbr_only(vm, value, done, kept):
+    assert vm.set_msr(0x1D9, value) == done
+    assert quad(vm.page(), 0x270) == kept
+
+
 def test_efer_msr_gets_svme(vm):
     assert vm.set_msr(0xC0000080, 0x901) == 1
     assert quad(vm.page(), 0x0D0) == 0x1901

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
-from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, TIMEOUT, Talk
+from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.pagelog import open_log
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-_CODES = {"timeout": TIMEOUT, "interrupted": INTERRUPTED}
+_CODES = {"timeout": TIMEOUT, "interrupted": INTERRUPTED, "no-cpu": SKIPPED}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -45,7 +45,7 @@ class Outcome:
     Attributes: ``kind`` (``exit-port``, ``halted``, ``terminated``, ``shutdown``,
     ``timeout``, ``interrupted``, ``no-cpu``, ``failed``), ``ok`` (the guest ended
     well), ``detail`` (a sentence), ``vcpu`` and ``exit`` where one vCPU's exit
-    ended it.
+    ended it. ``no-cpu`` is for a simulated host without the engine that it needs.
     """
 
     kind: str
@@ -190,8 +190,8 @@ class _Run:
             self._end(
                 Outcome(
                     "no-cpu",
-                    True,
-                    "the simulated host has no CPU yet: the guest was launched, but not run",
+                    False,
+                    f"the guest was launched, but not run. {error.explanation}",
                 )
             )
             return

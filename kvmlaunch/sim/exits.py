@@ -11,6 +11,7 @@ from kvmlaunch.uapi import ffi, lib
 
 __all__ = [
     "PIO_DATA_OFFSET",
+    "emulation_failure",
     "fail_entry",
     "hypercall",
     "io",
@@ -20,6 +21,7 @@ __all__ = [
     "mmio_data",
     "put_io_data",
     "req_certs",
+    "req_certs_answer",
     "sev_term",
     "unexpected_exit",
 ]
@@ -101,6 +103,16 @@ def fail_entry(run: Any) -> None:
     run.fail_entry.cpu = _LAST_CPU
 
 
+def emulation_failure(run: Any, exit_code: int, info_1: int, info_2: int) -> None:
+    """KVM_EXIT_INTERNAL_ERROR without instruction bytes (prepare_emulation_failure_exit)."""
+    run.exit_reason = lib.KVM_EXIT_INTERNAL_ERROR
+    run.emulation_failure.suberror = lib.KVM_INTERNAL_ERROR_EMULATION
+    run.emulation_failure.flags = 0
+    for at, value in enumerate((exit_code, info_1, info_2, 0, 0), 1):
+        run.internal.data[at] = value
+    run.emulation_failure.ndata = 6
+
+
 def unexpected_exit(run: Any, exit_code: int) -> None:
     """KVM_EXIT_INTERNAL_ERROR for an exit code without a handler (svm_handle_invalid_exit)."""
     run.exit_reason = lib.KVM_EXIT_INTERNAL_ERROR
@@ -113,6 +125,15 @@ def unexpected_exit(run: Any, exit_code: int) -> None:
 def req_certs(run: Any, gpa: int, npages: int) -> None:
     """KVM_EXIT_SNP_REQ_CERTS (7.0)."""
     run.exit_reason = lib.KVM_EXIT_SNP_REQ_CERTS
-    run.snp_req_certs.gpa = gpa
-    run.snp_req_certs.npages = npages
-    run.snp_req_certs.ret = 0
+    exit_ = _req_certs_exit(run)
+    exit_.gpa, exit_.npages, exit_.ret = gpa, npages, 0
+
+
+def req_certs_answer(run: Any) -> tuple[int, int]:
+    """What user space made of it: ``ret`` and ``npages``."""
+    exit_ = _req_certs_exit(run)
+    return int(exit_.ret), int(exit_.npages)
+
+
+def _req_certs_exit(run: Any) -> Any:
+    return ffi.cast("struct kvm_exit_snp_req_certs *", ffi.addressof(run[0], "io"))

@@ -79,7 +79,7 @@ class GuestMemfd(File):
         first, end = offset // PAGE_SIZE, (offset + length) // PAGE_SIZE
         if mode == _PUNCH:
             self._punch(first, end)
-            self.vm.memory_changed()
+            self.vm.memory_changed(code=True)
         elif offset + length > self.size:
             refuse(errno.EINVAL)
         else:
@@ -94,7 +94,7 @@ class GuestMemfd(File):
             slot.gmem = None
         self.bindings.clear()
         self._punch(0, self.size // PAGE_SIZE)
-        self.vm.memory_changed()
+        self.vm.memory_changed(code=True)
         if self._mapping is not None:
             self.vm.host.memory.unmap_region(self._base)
             self._mapping = None

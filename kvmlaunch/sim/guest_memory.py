@@ -61,21 +61,26 @@ class VmMemory:
         perms: tuple[int, int, int, int] | None = None,
     ) -> None:
         """What PVALIDATE and RMPADJUST change in that entry."""
-        given = {"validated": validated, "vmsa": vmsa, "perms": perms}
-        changes = {name: value for name, value in given.items() if value is not None}
         rmp = self._vm.host.rmp
         with self._vm.host.lock:
             spa = self._private_spa(gpa // PAGE_SIZE)
-            rmp.store(spa, dataclasses.replace(rmp.lookup(spa), **changes))
+            old = rmp.lookup(spa)
+            new = dataclasses.replace(
+                old,
+                validated=old.validated if validated is None else validated,
+                vmsa=old.vmsa if vmsa is None else vmsa,
+                perms=old.perms if perms is None else perms,
+            )
+            rmp.store(spa, new)
 
-    def handle_fault(self, gpa: int, private: bool) -> None:
+    def handle_fault(self, gpa: int, private: bool) -> bool:
         """kvm_mmu_page_fault() where a CPU found no page, or one that the RMP denies it.
 
-        Returns if the guest is to try again. Raises MemoryFault, and OSError for what KVM_RUN
-        fails with otherwise.
+        True if the guest is to try again, False where it would take emulating an instruction in
+        a device. Raises MemoryFault, and OSError for what KVM_RUN fails with otherwise.
         """
-        self._address(gpa // PAGE_SIZE, private)
-        # A page that is there: sev_handle_rmp_fault() has 2 MiB entries to split, no more.
+        # For a page that is there sev_handle_rmp_fault() has 2 MiB entries to split, no more.
+        return self._address(gpa // PAGE_SIZE, private) is not Missing.MMIO
 
     def read(self, gpa: int, size: int) -> bytes:
         """kvm_read_guest(): the shared side, whatever the attribute says. Raises OSError."""
@@ -122,9 +127,10 @@ class VmMemory:
         vm = self._vm
         index = _file_index(slot, gfn)
         spa = gmem.spa(index)
-        if not vm.host.rmp.lookup(spa).assigned:
-            if vm.host.rmp.make_private(spa, gfn * PAGE_SIZE, vm.sev.asid, immutable=False):
-                refuse(errno.EINVAL)
+        rmp, asid = vm.host.rmp, vm.sev.asid
+        assigned = rmp.lookup(spa).assigned
+        if not assigned and rmp.make_private(spa, gfn * PAGE_SIZE, asid, immutable=False):
+            refuse(errno.EINVAL)
         gmem.populated.add(index)
         return spa
 

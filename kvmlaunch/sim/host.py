@@ -65,7 +65,8 @@ class Host:
     """CPU, memory, RMP and secure processor; fd table, profile and faults of the kernel.
 
     ``lock`` guards all of it, ``gate`` what guest code runs on; ``seed`` is for the turns of
-    vCPUs, ``machine`` makes CPUs, ``memory_generation`` grows with each change of memory.
+    vCPUs, ``machine`` makes CPUs, ``memory_generation`` and ``code_generation`` grow with
+    each change of memory (see `memory_changed`).
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Host:
         self.gate = Gate()
         self.seed = seed
         self.machine = machine
-        self.memory_generation = 0
+        self.memory_generation = self.code_generation = 0
         self.profile = profile
         self.faults = faults
         self.user: UserMemory = ProcessMemory() if user is None else user
@@ -101,6 +102,11 @@ class Host:
         self.processor.init()
         self.psp = Psp(self.processor, self.memory, faults)
         self.asids = AsidPool(self.cpu.max_snp_asid, self.processor.df_flush)
+
+    def memory_changed(self, *, code: bool) -> None:
+        """What CPUs know of memory doesn't hold any more; with ``code``, nor does its content."""
+        self.memory_generation += 1
+        self.code_generation += code
 
     def alloc_firmware_page(self) -> int | None:
         """snp_alloc_firmware_page(): a page that only firmware writes to; None if that fails."""

@@ -60,9 +60,7 @@ def from_cpu(vcpu: Vcpu) -> int:
     return 0
 
 
-def _emulate(
-    vcpu: Vcpu, registers: dict[str, int], *, is_64_bit: bool, cpl: int
-) -> int | None:
+def _emulate(vcpu: Vcpu, registers: dict[str, int], *, is_64_bit: bool, cpl: int) -> int | None:
     """__kvm_emulate_hypercall(): RAX, or None where user space answers."""
     mask = _U64 if is_64_bit else _U32
     number, *arguments = (registers[name] & mask for name in ("rax", "rbx", "rcx", "rdx", "rsi"))

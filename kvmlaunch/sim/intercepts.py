@@ -76,7 +76,7 @@ def _msr(vcpu: Vcpu, ghcb: Ghcb) -> int:
     registers = ghcb.registers
     index = registers["rcx"] & _U32
     # What the processor lets the guest access itself is not KVM's to know.
-    is_guests = index in msrs.PASSED_THROUGH
+    is_guests = vcpu.state.passes_through(index)
     if ghcb.info_1:
         if is_guests:
             refuse(errno.EINVAL)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from kvmlaunch.abi.report import SigningKey
-from kvmlaunch.errors import MissingCapability
+from kvmlaunch.errors import KvmLaunchError, MissingCapability
 from kvmlaunch.sim.certificates import CertificateChain
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import File
@@ -146,7 +146,7 @@ class SimPlatform:
             if addr not in self._mappings:
                 # It may be memory that a guest runs on.
                 self._host.user.forget()
-                self._host.memory_generation += 1
+                self._host.memory_changed(code=True)
                 return self._real.munmap(addr, length)
             self._unmap(addr)
             return Result(0, 0)
@@ -209,6 +209,8 @@ class SimPlatform:
             file.vcpu.vm.get()  # the run page must outlive the descriptor
         try:
             return file.enter()
+        except KvmLaunchError:
+            refuse(errno.ENOSYS)  # no engine, or none that fits: see Vcpu.run()
         finally:
             with self._host.gate.stopped(), self._lock:
                 file.vcpu.vm.put()

@@ -123,9 +123,7 @@ class _Change:
 
     def _exit(self, start: _Entry, gfn: int, npages: int) -> None:
         size = (
-            lib.KVM_MAP_GPA_RANGE_PAGE_SZ_2M
-            if start.is_large
-            else lib.KVM_MAP_GPA_RANGE_PAGE_SZ_4K
+            lib.KVM_MAP_GPA_RANGE_PAGE_SZ_2M if start.is_large else lib.KVM_MAP_GPA_RANGE_PAGE_SZ_4K
         )
         exits.hypercall(
             self._vcpu.run,

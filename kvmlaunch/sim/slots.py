@@ -90,7 +90,7 @@ class Slots:
             self._change(old, region)
         else:
             self._create(region)
-        self._vm.memory_changed()
+        self._vm.memory_changed(code=True)
 
     def remove_all(self) -> None:
         """The VM is gone."""

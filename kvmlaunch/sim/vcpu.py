@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Vcpu", "VcpuFile"]
 
+
 class Vcpu:
     """What the kernel keeps of one vCPU; it lives as long as its VM."""
 

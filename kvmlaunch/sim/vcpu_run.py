@@ -6,11 +6,13 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.sim import exits, plain_exits, plain_state, vmgexit
 from kvmlaunch.sim.guest_memory import MemoryFault
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.softcpu import (
+    Access,
     Budget,
     Event,
     FaultReason,
@@ -36,6 +38,8 @@ _EXIT_TICKS = 1000
 """What an exit costs, so that a guest that only exits uses up its turn."""
 _CR8_RESERVED = ~0xF
 _IF = 1 << 9
+_EXIT_NPF = 0x400
+_FAULT_USER, _FAULT_FETCH = 1 << 2, 1 << 4
 
 
 class VcpuRun:
@@ -133,7 +137,7 @@ class VcpuRun:
                 if not self._step(min(ticks, _RUN_TICKS)):
                     return 0
             except MemoryFault as fault:
-                exits.memory_fault(vcpu.run, fault.gpa, private=fault.private)
+                exits.memory_fault(vcpu.run, fault.gpa, PAGE_SIZE, private=fault.private)
                 refuse(fault.errno)
             if self._window_is_open():
                 vcpu.run.exit_reason = lib.KVM_EXIT_IRQ_WINDOW_OPEN
@@ -225,6 +229,8 @@ class VcpuRun:
     def unload(self) -> None:
         """The next entry takes the state from where it is kept."""
         self._loaded = False
+        # A guest that is set up anew may find other code where it was before.
+        self.vcpu.vm.memory_changed(code=True)
 
     def _inject(self) -> Event | None:
         """kvm_check_and_inject_events(): one event at a time, and a window for the next."""
@@ -233,10 +239,10 @@ class VcpuRun:
         if self.exception is not None:
             (vector, code), self.exception = self.exception, None
             event = cpu.inject_exception(vector, code)
-        elif vcpu.interrupt is not None:
+        elif vcpu.interrupt is not None and cpu.interruptible:
             vector, vcpu.interrupt = vcpu.interrupt, None
             event = cpu.inject_interrupt(vector)
-        elif vcpu.nmi_pending and not vcpu.nmi_masked:
+        elif vcpu.nmi_pending and not (vcpu.nmi_masked or cpu.nmi_blocked):
             vcpu.nmi_pending -= 1
             # A plain CPU sees IRET itself; an SNP guest says when it is done.
             vcpu.nmi_masked = vcpu.sev_es is not None
@@ -244,7 +250,8 @@ class VcpuRun:
         elif vcpu.apic.has_interrupt() and cpu.interruptible:
             event = cpu.inject_interrupt(vcpu.apic.accept_interrupt())
         wanted = bool(vcpu.run.request_interrupt_window and not vcpu.vm.irq.in_kernel)
-        cpu.want_window = not cpu.interruptible and (wanted or vcpu.apic.has_interrupt())
+        waiting = vcpu.interrupt is not None or vcpu.apic.has_interrupt()
+        cpu.want_window = not cpu.interruptible and (wanted or waiting)
         return event
 
     # Exits
@@ -268,7 +275,12 @@ class VcpuRun:
     def _nested_fault(self, event: NestedFault) -> int:
         """npf_interception()."""
         vm = self.vcpu.vm
-        vm.memory.handle_fault(event.gpa, event.private)
+        there = vm.memory.handle_fault(event.gpa, event.private)
+        # A guest with encrypted state is resumed in any case (svm_check_emulate_instruction).
+        if not there and self.vcpu.sev_es is None:
+            fetch = _FAULT_FETCH if event.access is Access.FETCH else 0
+            exits.emulation_failure(self.vcpu.run, _EXIT_NPF, _FAULT_USER | fetch, event.gpa)
+            return 0
         if event.reason is FaultReason.ABSENT:
             vm.memory_changed()
         return 1

@@ -53,7 +53,7 @@ class Vm:
         self.memory = VmMemory(self)
         self.scheduler = Scheduler(host.seed)
         self._machine: Machine | None = None
-        self._memory_seen = host.memory_generation
+        self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
         self._references = 0
 
     @property
@@ -87,15 +87,21 @@ class Vm:
         profile = self.host.profile
         return profile.guest_memfd_flags_private if self.is_snp_type else profile.guest_memfd_flags
 
-    def memory_changed(self) -> None:
-        """Pages have moved, changed sides or gone: CPUs must look again before they run."""
-        self.host.memory_generation += 1
+    def memory_changed(self, *, code: bool = False) -> None:
+        """Pages have moved or changed sides: CPUs must look again before they run.
+
+        ``code``: what they hold is another as well.
+        """
+        self.host.memory_changed(code=code)
 
     def flush_if_changed(self) -> None:
         """Let the CPUs forget what they know of memory, where that has changed."""
-        if self._memory_seen != self.host.memory_generation:
-            self._memory_seen = self.host.memory_generation
+        host = self.host
+        if self._code_seen != host.code_generation:
+            self.machine().flush_code()
+        elif self._memory_seen != host.memory_generation:
             self.machine().flush()
+        self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
 
     def machine(self) -> Machine:
         """The CPUs' engine, made for the first of them. Raises MissingCapability."""

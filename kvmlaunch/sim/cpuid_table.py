@@ -56,7 +56,8 @@ def get_cpuid(vcpu: Vcpu, arg: int) -> int:
     count = len(vcpu.cpuid) // _ENTRY
     if header.nent < count:
         refuse(errno.E2BIG)
-    user.write(arg + _HEADER, bytes(ffi.buffer(_at_runtime(vcpu, vcpu.cpuid))))
+    entries = _at_runtime(vcpu, vcpu.cpuid, cr4=vcpu.state.cr4, xcr0=vcpu.state.xcr0)
+    user.write(arg + _HEADER, bytes(ffi.buffer(entries)))
     header.nent = count
     copy_out(user, arg, header)
     return 0

@@ -17,6 +17,7 @@ from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.host import Host, MachineMaker
 from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.sim.sevdev import SevDevice
+from kvmlaunch.sim.spec import DEFAULT_PRODUCT
 from kvmlaunch.sim.system import KvmDevice
 from kvmlaunch.sim.uaccess import UserMemory, refuse
 from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
@@ -46,7 +47,7 @@ class SimPlatform:
         profile: str = "6.12",
         *,
         faults: Faults | Sequence[str] = (),
-        product: str = "Milan",
+        product: str = DEFAULT_PRODUCT,
         random: Callable[[int], bytes] = os.urandom,
         user: UserMemory | None = None,
         seed: int = 0,

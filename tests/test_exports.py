@@ -29,7 +29,7 @@ ROOT = Path(kvmlaunch.__path__[0])
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(kvmlaunch.__path__, "kvmlaunch.")
-    if not module.name.endswith((".__main__", "._ext"))
+    if not module.name.endswith((".__main__", "._ext", "._hooks"))
 )
 MINE = [name for name in MODULES if name.startswith(("kvmlaunch.snp.", "kvmlaunch.launch."))]
 

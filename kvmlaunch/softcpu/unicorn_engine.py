@@ -45,6 +45,7 @@ _IO_OPCODE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f]")
 _OK, _INVALID_INSTRUCTION, _EXCEPTION = 0, 10, 21
 _UD = 0x46
 _HOST_BITS = 47
+_OLDEST = (2, 1, 3)
 _MAX_CODE_PAGES, _MAX_IO_HOOKS = 4096, 1024
 """A guest must not make the engine grow for ever; at the limit it starts afresh."""
 
@@ -81,11 +82,16 @@ class UnsupportedEngine(KvmLaunchError):
 
 
 def require_unicorn() -> None:
-    """Raise MissingCapability, with the install command, where unicorn isn't installed."""
-    if _lib is None:
-        error = MissingCapability("unicorn", "the software CPU")
+    """Raise MissingCapability, with the install command, where there is no fitting unicorn."""
+    if _lib is None or _version() < _OLDEST:
+        name = f"unicorn {'.'.join(map(str, _OLDEST))} or newer"
+        error = MissingCapability(name, "the software CPU")
         error.args = (f"{error} (pip install 'kvmlaunch[softcpu]')",)
         raise error
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", str(_unicorn.__version__))[:3])
 
 
 class _RunState(ctypes.Structure):

@@ -21,7 +21,7 @@ def test_benchmark_with_one_round_gives_positive_ratios(name: str, tmp_path: Pat
         if shutil.which("cc") is None:
             pytest.skip("there is no cc to build the C side with")
     found = module.figures(tmp_path, 1)
-    assert len(found) == 2
+    assert len(found) >= 2
     assert all(f.seconds > 0 and f.baseline > 0 and f.ratio > 0 for f in found)
 
 

@@ -111,9 +111,9 @@ def test_walk_measures_what_the_command_line_measures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", GUESTS)
-def test_guest_on_the_simulated_host_is_launched(name: str) -> None:
+def test_guest_on_the_simulated_host_runs_to_its_end(name: str) -> None:
     done = cli("run", "--platform", "sim", guest(name))
-    assert done.returncode == 0
+    assert done.returncode == int(name == "misbehave")
     assert re.search(r"^prediction and host agree on all [0-9]+ pages$", done.stderr, re.MULTILINE)
 
 

@@ -118,6 +118,7 @@ class Rig:
         vcpus: int = 1,
         ghcb_version: int = 0,
         hypercalls: bool = True,
+        split: bool = False,
         **options: Any,
     ) -> None:
         self.machine: Any = None
@@ -130,6 +131,9 @@ class Rig:
         self.guest = Guest(self.platform, init=False)
         guest = self.guest
         guest.ok(guest.init2(ghcb_version=ghcb_version)[0])
+        if split:
+            cap = struct_("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
+            guest.ok(guest.ioctl(guest.vm, lib.KVM_ENABLE_CAP, cap))
         if hypercalls:
             cap = struct_("kvm_enable_cap", cap=lib.KVM_CAP_EXIT_HYPERCALL)
             cap.args[0] = 1 << lib.KVM_HC_MAP_GPA_RANGE

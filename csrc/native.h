@@ -36,8 +36,11 @@ struct kl_result kl_discard(uint64_t addr, uint64_t length);
 struct kl_result kl_peek(uint64_t addr, void *to, uint64_t length);
 struct kl_result kl_poke(uint64_t addr, const void *from, uint64_t length);
 
-/* Install the empty handler of the kick signal, once; returns the signal's number. */
+/* Install the handler of the kick signal, once; returns the signal's number. */
 int kl_kick_signal(void);
+
+/* Whether this thread was kicked since it asked last: for a KVM_RUN that is no system call. */
+int kl_take_kick(void);
 
 /* A 16550 without input and without interrupts. */
 struct kl_uart {

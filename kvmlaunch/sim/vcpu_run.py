@@ -79,6 +79,7 @@ class VcpuRun:
     def run(self) -> int:
         """One KVM_RUN, by the vCPU's own thread, which doesn't hold the host's lock."""
         vcpu, vm = self.vcpu, self.vcpu.vm
+        lib.kl_take_kick()  # a signal before the call ends nothing
         vm.scheduler.enter(vcpu.seat)
         try:
             # Completing an exit touches the CPU, and it may be another vCPU's turn.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from kvmlaunch.images import PlanOptions, load_image
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.uapi import Platform
+from kvmlaunch.uapi import Platform, lib
 from tests.guests import SPIN
 from tests.host import require_simulated_cpu
 
@@ -62,6 +64,22 @@ def test_endless_loop_when_the_time_is_up_ends_soon(confidential: bool, vcpus: i
     outcome, _ = run(SPIN, platform, confidential=confidential, vcpus=vcpus, timeout=0.3)
     assert (outcome.kind, outcome.ok) == ("timeout", False)
     assert time.monotonic() - before < 5
+
+
+def test_endless_loop_when_its_thread_is_kicked_is_interrupted() -> None:
+    """The signal alone, as a real KVM_RUN would be."""
+    platform = require_simulated_cpu()
+    plan = load_image(SPIN, PlanOptions(memory=1 << 20, confidential=False))
+    seen: list[str] = []
+    with Guest(plan, platform) as guest:
+        kick = lib.kl_kick_signal()
+        thread = threading.Thread(target=lambda: seen.append(str(guest.vcpus[0].run())))
+        thread.start()
+        time.sleep(0.2)
+        assert thread.ident is not None
+        signal.pthread_kill(thread.ident, kick)
+        thread.join(10)
+    assert seen == ["KVM_EXIT_INTR"]
 
 
 def test_tsc_when_the_guest_is_the_same_is_the_same() -> None:

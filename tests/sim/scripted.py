@@ -93,7 +93,7 @@ class ScriptedMachine:
         self.memory = memory
         self.options = options
         self.cpus: list[ScriptedCpu] = []
-        self.flushes = self.code_flushes = 0
+        self.flushes = self.code_flushes = self.ticks = 0
         self.invalid: InvalidState | None = None
 
     def new_cpu(self) -> ScriptedCpu:
@@ -119,6 +119,7 @@ class Rig:
         ghcb_version: int = 0,
         hypercalls: bool = True,
         split: bool = False,
+        req_certs: bool = False,
         **options: Any,
     ) -> None:
         self.machine: Any = None
@@ -131,6 +132,8 @@ class Rig:
         self.guest = Guest(self.platform, init=False)
         guest = self.guest
         guest.ok(guest.init2(ghcb_version=ghcb_version)[0])
+        if req_certs:
+            guest.ok(guest.sev(guest.vm, lib.KVM_SEV_SNP_ENABLE_REQ_CERTS, 0, guest.sev_fd)[0])
         if split:
             cap = struct_("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
             guest.ok(guest.ioctl(guest.vm, lib.KVM_ENABLE_CAP, cap))

@@ -60,6 +60,7 @@ __all__ = [
     "RmpEntry",
     "Shutdown",
     "SoftCpu",
+    "UnsupportedEngine",
     "VmgExit",
     "Vmmcall",
 ]

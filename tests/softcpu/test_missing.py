@@ -36,5 +36,6 @@ def test_machine_when_unicorn_is_not_there_names_the_install_command(prepare: st
     )
     assert run.stderr == ""
     assert run.stdout == (
-        "this host lacks unicorn 2.1.3 or newer, needed for the software CPU (pip install 'kvmlaunch[softcpu]')\n"
+        "this host lacks unicorn 2.1.3 or newer, needed for the software CPU "
+        + "(pip install 'kvmlaunch[softcpu]')\n"
     )

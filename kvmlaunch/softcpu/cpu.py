@@ -144,7 +144,9 @@ class SoftCpu:
         raise KeyError(name)
 
     def write(self, name: str, value: int) -> None:
-        """Change a general register, rip, rflags or cr2 (others: `save`, change and `load`).
+        """Change a general register, rip, rflags, cr2 or cr8.
+
+        Others by `save`, a change and `load`, which drops what is pending.
 
         Raises:
             KeyError: no such register, or not one of these.
@@ -158,6 +160,8 @@ class SoftCpu:
             state.rflags = value
         elif name == "cr2":
             state.cr[2] = value
+        elif name == "cr8":
+            self._exits.cr8 = value & 0xF
         else:
             raise KeyError(name)
 

@@ -105,6 +105,7 @@ class VcpuRun:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)
             vcpu.state.cr8 = run.cr8
+            self._put_cr8()
         complete, self.complete = self.complete, None
         if complete is not None and not complete():
             return False
@@ -216,7 +217,13 @@ class VcpuRun:
             return False
         self.cpu.ghcb = ghcb
         self._loaded = True
+        self._put_cr8()
         return True
+
+    def _put_cr8(self) -> None:
+        """Give a plain guest its task priority; that of encrypted state is the guest's own."""
+        if self._loaded and self.vcpu.sev_es is None:
+            self.live_cpu.write("cr8", self.vcpu.state.cr8)
 
     def save(self) -> Vmsa | None:
         """The guest's registers, None if the CPU doesn't have them; they stay there."""

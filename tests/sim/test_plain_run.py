@@ -253,3 +253,17 @@ def test_interrupt_window_is_an_exit_when_asked_for():
     vm.run.request_interrupt_window = 1
     assert vm.enter() == (OK, lib.KVM_EXIT_IRQ_WINDOW_OPEN)
     assert vm.run.ready_for_interrupt_injection == 1
+
+
+def test_task_priority_goes_in_and_comes_out():
+    # 32 bits: mov eax, cr8 is `lock mov eax, cr0`; add eax, 1; lock mov cr0, eax; hlt
+    vm = Vm(bytes.fromhex("f00f20c0 83c001 f00f22c0 f4"), code32=True)
+    vm.run.cr8 = 4
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert (vm.regs.rax, vm.run.cr8) == (5, 5)
+
+
+def test_task_priority_that_can_not_be_is_einval():
+    vm = Vm(b"\xf4")
+    vm.run.cr8 = 16
+    assert vm.enter()[0] == (-1, errno.EINVAL)

@@ -40,6 +40,7 @@ class Vcpu:
             host.xsave_components,
             host.guest_limits,
             bsp=bsp,
+            clear_cd_nw=not vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED,
             sregs_check_efer=host.profile.sregs_check_efer,
         )
         self.lapic = bytearray(1024)

@@ -55,9 +55,14 @@ void kl_uart_out(struct kl_uart *uart, uint16_t port, uint8_t value);
 uint8_t kl_uart_in(struct kl_uart *uart, uint16_t port);
 
 /*
+ * Does the access of an exit if it is the console's: -1 if it isn't, 1 when text
+ * should be shown now (a line is complete or the buffer is nearly full), else 0.
+ */
+int kl_console(struct kvm_run *run, struct kl_uart *uart);
+
+/*
  * KVM_RUN until an exit needs Python. handled is 1 when the loop only stopped
- * to hand over console text (a line is complete or the buffer is nearly full):
- * then the exit itself has been dealt with. EINTR is returned, not hidden.
+ * to hand over console text: then the exit itself has been dealt with. EINTR is returned, not hidden.
  */
 struct kl_exit {
 	int64_t ret;

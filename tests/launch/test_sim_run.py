@@ -56,6 +56,13 @@ def test_vcpus_when_the_seed_is_another_print_in_another_order() -> None:
     assert len({letters(seed) for seed in range(5)}) > 1
 
 
+def test_lines_of_several_vcpus_when_complete_are_shown_before_others_go_on() -> None:
+    # As LETTERS, but once, and with a line end: the letters come in lines of their own.
+    code = bytes.fromhex("b001 f00fc0060020 0461 baf803 ee b00a ee b90000 e2fe f4")
+    outcome, text = run(code, require_simulated_cpu(), vcpus=4)
+    assert (outcome.kind, sorted(text.splitlines())) == ("halted", ["a", "b", "c", "d"])
+
+
 @pytest.mark.parametrize("confidential", [False, True], ids=["plain", "snp"])
 @pytest.mark.parametrize("vcpus", [1, 3])
 def test_endless_loop_when_the_time_is_up_ends_soon(confidential: bool, vcpus: int) -> None:

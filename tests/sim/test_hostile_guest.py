@@ -131,7 +131,7 @@ class Ghcbs:
     st.booleans(),
     st.lists(st.sampled_from([0, 0, 0, 1, 22]), min_size=1, max_size=5),
     st.sampled_from([1, 2]),
-    st.sampled_from(["6.12", "6.18", "7.0"]),
+    st.sampled_from(["6.12", "6.18", "7.0", "multi-vmpl"]),
 )
 @example(
     [

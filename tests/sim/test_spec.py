@@ -24,9 +24,9 @@ def test_spec_when_well_written_is_taken(text, spec):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("5.15", "no kernel profile is named '5.15'; known are 6.12, 6.18, 7.0"),
-        ("", "no kernel profile is named ''; known are 6.12, 6.18, 7.0"),
-        ("seed=1", "no kernel profile is named 'seed=1'; known are 6.12, 6.18, 7.0"),
+        ("5.15", "no kernel profile is named '5.15'; known are 6.12, 6.18, 7.0, multi-vmpl"),
+        ("", "no kernel profile is named ''; known are 6.12, 6.18, 7.0, multi-vmpl"),
+        ("seed=1", "no kernel profile is named 'seed=1'; known are 6.12, 6.18, 7.0, multi-vmpl"),
         (
             "6.12,speed=9",
             "'speed=9' is nothing that a simulated host has; known are product=..., seed=...",

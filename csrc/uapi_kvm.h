@@ -180,6 +180,7 @@
 
 /* hypercalls that reach user space */
 #define KVM_HC_MAP_GPA_RANGE 12
+#define KVM_EXIT_HYPERCALL_LONG_MODE (1ULL << 0)
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_4K 0
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_2M (1 << 0)
 #define KVM_MAP_GPA_RANGE_PAGE_SZ_1G (1 << 1)

@@ -32,7 +32,8 @@ def open_platform(
 
     ``auto`` takes the real kernel where it can do what is asked (launch SNP guests,
     or any guest with ``confidential=False``), else the simulated host. ``profile``
-    and ``faults`` are the simulated host's. Raises FormatError for another name.
+    (``6.12,seed=3,product=Genoa``: see :mod:`kvmlaunch.sim.spec`) and ``faults`` are the
+    simulated host's. Raises FormatError for another name, and for a bad ``profile``.
     """
     if name not in ("auto", "kvm", "sim"):
         raise FormatError(f"no platform is named {name!r}; known are auto, kvm, sim")
@@ -44,9 +45,12 @@ def open_platform(
         if missing is None:
             return Choice(RealPlatform(), "platform kvm: this machine's kernel")
         why = f"since {missing}"
-    from kvmlaunch.sim import SimPlatform  # only here: a real host needs none of it
+    # Only here: a real host needs none of it.
+    from kvmlaunch.sim import SimPlatform
+    from kvmlaunch.sim.spec import parse_spec
 
-    sim = SimPlatform(profile, faults=faults)
+    spec = parse_spec(profile)
+    sim = SimPlatform(spec.profile, product=spec.product, seed=spec.seed, faults=faults)
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
 
 

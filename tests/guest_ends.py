@@ -1,7 +1,8 @@
 """How each guest of examples/guests ends, on every kind of platform.
 
 One table for all: plain VMs, SNP hosts, the kernel's SNP code over fakes (tests/mainline) and the
-simulated host. What is expected is what the guests' head comments say.
+simulated host, which ends like the kernel that it simulates. What is expected is what the guests'
+head comments say.
 """
 
 from __future__ import annotations
@@ -149,14 +150,14 @@ OWN: dict[str, dict[str, End]] = {
             why="the fake secure processor knows no guest messages",
         ),
     },
-    "sim": {
+    "multi-vmpl": {
         "vmpl": End(
             "VMPL1: may read, may not take more\nVMPL0: VMPL1 came back\n",
             "failed",
             1,
             (GHCB, "shared 1", "KVM_EXIT_MEMORY_FAULT"),
-            detail="VMPL1",
-            why="the simulated host offers VMPLs, KVM doesn't",
+            detail="its VMPL may not use it",
+            why="this simulated host offers VMPLs, mainline KVM doesn't",
         ),
     },
 }
@@ -166,7 +167,8 @@ VCPUS = {"smp": 4}
 
 
 def end_of(guest: str, kind: str) -> End:
-    """The end on a kind of platform: ``plain``, ``snp`` (hardware), ``mainline``, ``sim``."""
+    """The end on a kind of platform: ``plain``, ``snp`` (hardware and simulated
+    mainline), ``mainline`` (over the fakes), ``multi-vmpl`` (simulated)."""
     if kind == "plain":
         return PLAIN[guest]
     return OWN.get(kind, {}).get(guest, SNP[guest])

@@ -6,13 +6,15 @@ the skips that concern these words into failures, for machines that must have th
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
 from kvmlaunch.errors import IoctlError, MissingCapability
 from kvmlaunch.kvm import Kvm, SevDevice
+from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import RealPlatform
 
 
@@ -51,3 +53,10 @@ def require_snp() -> RealPlatform:
     except (IoctlError, MissingCapability) as error:
         require("snp", str(error).splitlines()[0])
     return platform
+
+
+def require_simulated_cpu(profile: str = "6.12", **options: Any) -> SimPlatform:
+    """A simulated host that can run guests."""
+    if importlib.util.find_spec("unicorn") is None:
+        require("unicorn", "unicorn isn't installed (pip install 'kvmlaunch[softcpu]')")
+    return SimPlatform(profile, **options)

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
-from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, TIMEOUT, Talk
+from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.pagelog import open_log
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-_CODES = {"timeout": TIMEOUT, "interrupted": INTERRUPTED}
+_CODES = {"timeout": TIMEOUT, "interrupted": INTERRUPTED, "no-cpu": SKIPPED}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,9 +48,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument(
         "--sim",
-        metavar="PROFILE",
+        metavar="PROFILE[,KEY=VALUE...]",
         default="6.12",
-        help="which kernel to simulate: 6.12, 6.18, 7.0 (default 6.12)",
+        help="what to simulate: kernel 6.12, 6.18, 7.0, or multi-vmpl for one that runs "
+        "all VMPLs (default 6.12), seed=N for the order in "
+        "which vCPUs run (default 0), product=Milan, Genoa or Turin (default Milan)",
     )
     group.add_argument(
         "--sim-fault",

@@ -18,6 +18,8 @@ _HINTS = {
     ("open /dev/kvm", _errno.EACCES): "Your user may not open it: join group kvm, or run as root.",
     ("open /dev/sev", _errno.ENOENT): "No secure processor: the ccp driver found none, so this "
     "host can't launch SEV guests.",
+    ("KVM_RUN", _errno.ENOSYS): "The simulated host runs guests by unicorn, which is missing or "
+    "of a version that kvmlaunch doesn't know: pip install 'kvmlaunch[softcpu]'.",
     ("open /dev/sev", _errno.EACCES): "Its mode is 0600 root by default: run as root.",
 }
 

@@ -26,10 +26,11 @@ __all__ = [
     "exit_name",
 ]
 
+_NOT_EXITS = ("KVM_EXIT_IO_IN", "KVM_EXIT_IO_OUT", "KVM_EXIT_HYPERCALL_LONG_MODE")
 _NAMES = {
     getattr(lib, name): name
     for name in dir(lib)
-    if name.startswith("KVM_EXIT_") and name not in ("KVM_EXIT_IO_IN", "KVM_EXIT_IO_OUT")
+    if name.startswith("KVM_EXIT_") and name not in _NOT_EXITS
 }
 _INTERNAL_ERRORS = {
     lib.KVM_INTERNAL_ERROR_EMULATION: "emulation failed",

@@ -46,7 +46,8 @@ class Outcome:
     Attributes: ``kind`` (``exit-port``, ``halted``, ``terminated``, ``shutdown``,
     ``timeout``, ``interrupted``, ``no-cpu``, ``failed``), ``ok`` (the guest ended
     well), ``detail`` (a sentence), ``vcpu`` and ``exit`` where one vCPU's exit
-    ended it, and ``check`` where the guest says that a check of its own failed.
+    ended it, and ``check`` where the guest says that a check of its own failed. ``no-cpu``
+    is for a simulated host without the engine that it needs.
     """
 
     kind: str
@@ -194,8 +195,8 @@ class _Run:
             self._end(
                 Outcome(
                     "no-cpu",
-                    True,
-                    "the simulated host has no CPU yet: the guest was launched, but not run",
+                    False,
+                    f"the guest was launched, but not run. {error.explanation}",
                 )
             )
             return
@@ -323,7 +324,7 @@ def _memory_fault(guest: Guest, exit_: MemoryFaultExit) -> str:
     step = guest.plan.step_at(exit_.gpa)
     if step is not None:
         index = (exit_.gpa - step.gpa) // _PAGE
-        why = "the guest's C-bit and the page's attribute disagree"
+        why = "the guest's C-bit and the page's attribute disagree, or its VMPL may not use it"
         return (
             f": this is page {index} of {step.label} ({step.origin_of(index)}), launched as "
             f"{step.type.name}; {broken if exit_.errno == lib.KL_EHWPOISON else why}"

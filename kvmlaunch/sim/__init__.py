@@ -1,4 +1,4 @@
-"""Simulated SNP host: kernel side, secure processor and RMP. It never claims to be hardware."""
+"""Simulated SNP host: kernel, secure processor, RMP, CPUs. It never claims to be hardware."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from kvmlaunch.uapi import ffi, lib
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
 
-__all__ = ["get_cpuid", "set_cpuid"]
+__all__ = ["answer", "find_leaf", "get_cpuid", "set_cpuid"]
 
 _MAX_ENTRIES = 256
 _HEADER = ffi.sizeof("struct kvm_cpuid2")
@@ -26,6 +26,7 @@ _XFEATURES_EXTENDED = ((1 << 64) - 1) & ~0x3
 _MISC_ENABLE = 0x1A0
 _VIRTUAL_BITS = (0, 48, 57)
 _DEFAULT_WIDTH = 36
+_TOPOLOGY = (0xB, 0x1F)
 
 
 def set_cpuid(vcpu: Vcpu, arg: int) -> int:
@@ -55,30 +56,53 @@ def get_cpuid(vcpu: Vcpu, arg: int) -> int:
     count = len(vcpu.cpuid) // _ENTRY
     if header.nent < count:
         refuse(errno.E2BIG)
-    user.write(arg + _HEADER, bytes(ffi.buffer(_at_runtime(vcpu, vcpu.cpuid))))
+    entries = _at_runtime(vcpu, vcpu.cpuid, cr4=vcpu.state.cr4, xcr0=vcpu.state.xcr0)
+    user.write(arg + _HEADER, bytes(ffi.buffer(entries)))
     header.nent = count
     copy_out(user, arg, header)
     return 0
 
 
+def answer(
+    vcpu: Vcpu, function: int, index: int, *, cr4: int, xcr0: int
+) -> tuple[int, int, int, int]:
+    """kvm_cpuid(): EAX, EBX, ECX, EDX for the guest, whose CR4 and XCR0 are these."""
+    entries = _at_runtime(vcpu, vcpu.cpuid, cr4=cr4, xcr0=xcr0)
+    entry = _find(entries, function, index)
+    if entry is not None:
+        return int(entry.eax), int(entry.ebx), int(entry.ecx), int(entry.edx)
+    known = _find(entries, function, 1) if function in _TOPOLOGY else None
+    return (0, 0, 0, 0) if known is None else (0, 0, index & 0xFF, int(known.edx))
+
+
+def find_leaf(table: bytes, function: int, index: int = 0) -> Any:
+    """The first entry of a leaf in a KVM_SET_CPUID2 table, or None."""
+    entries = _entries(table)
+    entry = _find(entries, function, index)
+    # Not a view: the table would go with it.
+    return None if entry is None else ffi.new("struct kvm_cpuid_entry2 *", entry)
+
+
 def _comparable(vcpu: Vcpu, table: bytes) -> list[bytes]:
     """What kvm_cpuid_check_equal() compares: padding isn't."""
     used = ffi.offsetof("struct kvm_cpuid_entry2", "padding")
-    return [bytes(ffi.buffer(e)[:used]) for e in map(ffi.addressof, _at_runtime(vcpu, table))]
+    cr4, xcr0 = vcpu.state.cr4, vcpu.state.xcr0
+    entries = _at_runtime(vcpu, table, cr4=cr4, xcr0=xcr0)
+    return [bytes(ffi.buffer(entry)[:used]) for entry in map(ffi.addressof, entries)]
 
 
-def _at_runtime(vcpu: Vcpu, table: bytes) -> Any:
+def _at_runtime(vcpu: Vcpu, table: bytes, *, cr4: int, xcr0: int) -> Any:
     """__kvm_update_cpuid_runtime(): fields that follow CR4, the APIC base, XCR0 and XSS."""
     entries, state = _entries(table), vcpu.state
     basic, structured = _find(entries, 0x1), _find(entries, 0x7)
     if basic is not None:
-        _set_bit(basic, "ecx", _OSXSAVE, state.cr4 >> 18 & 1)
+        _set_bit(basic, "ecx", _OSXSAVE, cr4 >> 18 & 1)
         _set_bit(basic, "edx", _APIC, state.apic_base >> 11 & 1)
         if vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT:
             _set_bit(basic, "ecx", _MONITOR, state.msrs[_MISC_ENABLE] >> 18 & 1)
     if structured is not None:
-        _set_bit(structured, "ecx", _OSPKE, state.cr4 >> 22 & 1)
-    extended = state.xcr0 & _XFEATURES_EXTENDED
+        _set_bit(structured, "ecx", _OSPKE, cr4 >> 22 & 1)
+    extended = xcr0 & _XFEATURES_EXTENDED
     sizes, compact = _find(entries, _XSAVE), _find(entries, _XSAVE, 1)
     if sizes is not None:
         sizes.ebx = xsave_size(extended, compacted=False)

@@ -97,6 +97,21 @@ class FpuState:
         self._area[_ST:_XMM] = st
         self._area[_XMM : _XMM + _XMM_SIZE] = xmm
 
+    def load(self, fxsave: bytes, ymm_high: bytes, pkru: int) -> None:
+        """What the guest has left in its registers."""
+        self._area[: len(fxsave)] = fxsave
+        struct.pack_into("<I", self._area, _MXCSR_AT + 4, _MXCSR_MASK)
+        self._in_use |= 1 << _X87 | 1 << _SSE
+        self._put_component(_YMM, ymm_high)
+        self._put_component(_PKRU, pkru.to_bytes(4, "little"))
+
+    def _put_component(self, number: int, data: bytes) -> None:
+        """Zeros leave a component in its initial state."""
+        if number in self._components and (any(data) or self._in_use >> number & 1):
+            offset, _ = self._components[number]
+            self._area[offset : offset + len(data)] = data
+            self._in_use |= 1 << number
+
     def _component(self, number: int) -> bytes:
         if number not in self._components or not self._in_use >> number & 1:
             return b""

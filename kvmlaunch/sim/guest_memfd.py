@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.uaccess import refuse
-from kvmlaunch.uapi import lib
+from kvmlaunch.uapi import address_of, ffi, lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.slots import Slot
@@ -61,6 +61,12 @@ class GuestMemfd(File):
         self.present.add(index)
         return self._base + index * PAGE_SIZE
 
+    def address(self, index: int) -> int:
+        """Where this process has page ``index``, made present. Raises OSError(ENOMEM)."""
+        offset = self.spa(index) - self._base
+        assert self._mapping is not None
+        return address_of(ffi.from_buffer(self._mapping)) + offset
+
     def allocate(self, mode: int, offset: int, length: int) -> int:
         """Preallocate, or punch a hole: free pages and take them from the guest."""
         # vfs_fallocate(), then kvm_gmem_fallocate().
@@ -73,6 +79,7 @@ class GuestMemfd(File):
         first, end = offset // PAGE_SIZE, (offset + length) // PAGE_SIZE
         if mode == _PUNCH:
             self._punch(first, end)
+            self.vm.memory_changed(code=True)
         elif offset + length > self.size:
             refuse(errno.EINVAL)
         else:
@@ -87,6 +94,7 @@ class GuestMemfd(File):
             slot.gmem = None
         self.bindings.clear()
         self._punch(0, self.size // PAGE_SIZE)
+        self.vm.memory_changed(code=True)
         if self._mapping is not None:
             self.vm.host.memory.unmap_region(self._base)
             self._mapping = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import functools
+import threading
 from collections.abc import Callable
-from typing import cast
+from typing import TypeAlias, cast
 
 from kvmlaunch.abi.tcb import Product
 from kvmlaunch.sim.cpumodel import cpu_model
@@ -13,14 +14,19 @@ from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import FdTable
 from kvmlaunch.sim.firmware import SecureProcessor
 from kvmlaunch.sim.firmware_profiles import firmware_profile
+from kvmlaunch.sim.gate import Gate
 from kvmlaunch.sim.guest_limits import GuestLimits, limits
 from kvmlaunch.sim.memory import PhysicalMemory
 from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.sim.psp import Psp
 from kvmlaunch.sim.rmp import Rmp
 from kvmlaunch.sim.uaccess import ProcessMemory, UserMemory, refuse
+from kvmlaunch.softcpu import CpuOptions, GuestMemory, Machine
 
-__all__ = ["AsidPool", "Host"]
+__all__ = ["AsidPool", "Host", "MachineMaker"]
+
+MachineMaker: TypeAlias = Callable[[GuestMemory, CpuOptions], Machine]
+"""What makes the CPUs of a VM."""
 
 
 class AsidPool:
@@ -56,7 +62,12 @@ class AsidPool:
 
 
 class Host:
-    """CPU, memory, RMP and secure processor; fd table, profile and faults of the kernel."""
+    """CPU, memory, RMP and secure processor; fd table, profile and faults of the kernel.
+
+    ``lock`` guards all of it, ``gate`` what guest code runs on; ``seed`` is for the turns of
+    vCPUs, ``machine`` makes CPUs, ``memory_generation`` and ``code_generation`` grow with
+    each change of memory (see `memory_changed`).
+    """
 
     def __init__(
         self,
@@ -65,7 +76,15 @@ class Host:
         product: str,
         random: Callable[[int], bytes],
         user: UserMemory | None = None,
+        *,
+        seed: int = 0,
+        machine: MachineMaker = Machine,
     ) -> None:
+        self.lock = threading.RLock()
+        self.gate = Gate()
+        self.seed = seed
+        self.machine = machine
+        self.memory_generation = self.code_generation = 0
         self.profile = profile
         self.faults = faults
         self.user: UserMemory = ProcessMemory() if user is None else user
@@ -83,6 +102,11 @@ class Host:
         self.processor.init()
         self.psp = Psp(self.processor, self.memory, faults)
         self.asids = AsidPool(self.cpu.max_snp_asid, self.processor.df_flush)
+
+    def memory_changed(self, *, code: bool) -> None:
+        """What CPUs know of memory doesn't hold any more; with ``code``, nor does its content."""
+        self.memory_generation += 1
+        self.code_generation += code
 
     def alloc_firmware_page(self) -> int | None:
         """snp_alloc_firmware_page(): a page that only firmware writes to; None if that fails."""

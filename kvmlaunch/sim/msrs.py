@@ -9,7 +9,17 @@ from types import MappingProxyType
 from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
-__all__ = ["ADDRESSES", "FEATURES", "PASSED_THROUGH", "PLAIN", "SAVED", "VMCB", "transfer"]
+__all__ = [
+    "ADDRESSES",
+    "APIC",
+    "FEATURES",
+    "PASSED_THROUGH",
+    "PLAIN",
+    "SAVED",
+    "TSC",
+    "VMCB",
+    "transfer",
+]
 
 _MAX_BATCH = 256
 _ENTRY = ffi.sizeof("struct kvm_msr_entry")
@@ -17,6 +27,10 @@ _ENTRY = ffi.sizeof("struct kvm_msr_entry")
 EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
 SYSENTER_ESP, SYSENTER_EIP = 0x175, 0x176
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
+
+TSC = 0x10
+APIC = frozenset({*range(0x800, 0x900), 0x6E0})
+"""x2APIC registers and the TSC deadline."""
 
 VMCB: Mapping[int, str] = MappingProxyType(
     {
@@ -41,7 +55,7 @@ VMCB: Mapping[int, str] = MappingProxyType(
 
 PLAIN: Mapping[int, int] = MappingProxyType(
     {
-        0x10: 0,  # TSC
+        TSC: 0,
         0x3B: 0,  # TSC_ADJUST
         0x17A: 0,  # MCG_STATUS
         0x1A0: 0x1,  # MISC_ENABLE

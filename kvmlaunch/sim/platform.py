@@ -5,23 +5,24 @@ from __future__ import annotations
 import errno
 import mmap as _mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from kvmlaunch.abi.report import SigningKey
-from kvmlaunch.errors import MissingCapability
+from kvmlaunch.errors import KvmLaunchError, MissingCapability
 from kvmlaunch.sim.certificates import CertificateChain
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import File
-from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.host import Host, MachineMaker
 from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.sim.sevdev import SevDevice
+from kvmlaunch.sim.spec import DEFAULT_PRODUCT
 from kvmlaunch.sim.system import KvmDevice
 from kvmlaunch.sim.uaccess import UserMemory, refuse
 from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
 from kvmlaunch.sim.vm import VmFile
+from kvmlaunch.softcpu import Machine
 from kvmlaunch.uapi import RealPlatform, Result, RunResult, lib
 from kvmlaunch.uapi.platform import MeasuredPage
 
@@ -33,7 +34,8 @@ class SimPlatform:
 
     ``profile`` names the kernel (6.12, 6.18, 7.0), ``product`` the CPU (Milan, Genoa,
     Turin), ``faults`` what must go wrong (see :mod:`kvmlaunch.sim.faults`); ``random``
-    is the firmware's source of keys.
+    is the firmware's source of keys. ``seed`` chooses how several vCPUs take turns: the
+    same seed, the same guest, the same run. ``machine`` makes the CPUs.
 
     Synchronization: any thread may call anything; KVM_RUN doesn't hold the others up.
     """
@@ -45,13 +47,17 @@ class SimPlatform:
         profile: str = "6.12",
         *,
         faults: Faults | Sequence[str] = (),
-        product: str = "Milan",
+        product: str = DEFAULT_PRODUCT,
         random: Callable[[int], bytes] = os.urandom,
         user: UserMemory | None = None,
+        seed: int = 0,
+        machine: MachineMaker = Machine,
     ) -> None:
         orders = faults if isinstance(faults, Faults) else Faults.parse(faults)
-        self._host = Host(kernel_profile(profile), orders, product, random, user)
-        self._lock = threading.RLock()
+        self._host = Host(
+            kernel_profile(profile), orders, product, random, user, seed=seed, machine=machine
+        )
+        self._lock = self._host.lock
         self._real = RealPlatform()
         self._mappings: dict[int, list[Vcpu]] = {}
 
@@ -77,7 +83,7 @@ class SimPlatform:
 
     def shutdown(self) -> None:
         """Close every descriptor and drop every mapping, as the end of a process does."""
-        with self._lock:
+        with self._host.gate.stopped(), self._lock:
             for fd in self.open_fds:
                 self.close(fd)
             for address in list(self._mappings):
@@ -115,7 +121,7 @@ class SimPlatform:
                     held.enter_context(lock)
                 if isinstance(file, VcpuFile) and request == lib.KVM_RUN:
                     return Result(self._run(file, arg), 0)
-                with self._lock:
+                with self._host.gate.stopped(), self._lock:
                     return Result(self._dispatch(file, request, arg), 0)
         except OSError as error:
             return Result(-1, error.errno or errno.EIO)
@@ -137,8 +143,11 @@ class SimPlatform:
 
     def munmap(self, addr: int, length: int) -> Result:
         """munmap(2)."""
-        with self._lock:
+        with self._host.gate.stopped(), self._lock:
             if addr not in self._mappings:
+                # It may be memory that a guest runs on.
+                self._host.user.forget()
+                self._host.memory_changed(code=True)
                 return self._real.munmap(addr, length)
             self._unmap(addr)
             return Result(0, 0)
@@ -148,9 +157,14 @@ class SimPlatform:
         return self._call(lambda: self._host.fds.get(fd).fallocate(mode, offset, length))
 
     def run(self, fd: int, run: Any, uart: Any) -> RunResult:
-        """KVM_RUN, once: no exit is handled here yet."""
-        result = self.ioctl(fd, lib.KVM_RUN, 0)
-        return RunResult(result.ret, result.errno, False, 1)
+        """KVM_RUN until an exit needs Python, as kl_run() of csrc/run.c."""
+        runs = 0
+        while True:
+            result = self.ioctl(fd, lib.KVM_RUN, 0)
+            runs += 1
+            console = lib.kl_console(run, uart) if uart and result.ret == 0 else -1
+            if console:
+                return RunResult(result.ret, result.errno, console == 1, runs)
 
     def launch_digest(self, vm_fd: int) -> bytes | None:
         """What firmware has measured of this VM so far; None before SNP_LAUNCH_START.
@@ -185,7 +199,7 @@ class SimPlatform:
 
     def _call(self, call: Callable[[], int]) -> Result:
         try:
-            with self._lock:
+            with self._host.gate.stopped(), self._lock:
                 return Result(call(), 0)
         except OSError as error:
             return Result(-1, error.errno or errno.EIO)
@@ -197,9 +211,15 @@ class SimPlatform:
     def _run(self, file: VcpuFile, arg: int) -> int:
         with self._lock:
             self._ordered_errno(file, lib.KVM_RUN, arg)
-            if not file.prepare_run(arg):
-                return 0
-        return file.enter()
+            file.prepare_run(arg)
+            file.vcpu.vm.get()  # the run page must outlive the descriptor
+        try:
+            return file.enter()
+        except KvmLaunchError:
+            refuse(errno.ENOSYS)  # no engine, or none that fits: see Vcpu.run()
+        finally:
+            with self._host.gate.stopped(), self._lock:
+                file.vcpu.vm.put()
 
     def _ordered_errno(self, file: File, request: int, arg: int) -> None:
         for name in file.ioctl_names(request, arg):

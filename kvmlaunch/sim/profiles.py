@@ -1,6 +1,6 @@
 """What differs between kernel versions, as data.
 
-Only what the simulated host acts on; more comes with the CPU (hypercalls, AP creation).
+Only what the simulated host acts on.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class KernelProfile:
         guest_memfd_on_default_vm: guest_memfd slots work on a VM without private memory.
         sregs_check_efer: KVM_SET_SREGS holds EFER against CPUID: long mode needs LM there.
         req_certs: KVM_SEV_SNP_ENABLE_REQ_CERTS and its attribute exist.
+        hypercall_ret_cleared: KVM presets hypercall.ret before a page state change exits.
+        ap_create_exact_features: AP creation wants SEV_FEATURES as in INIT2, not only the same
+            injection modes.
+        vmpls: how many VMPLs a vCPU can run at; mainline has VMPL0 only.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
     """
 
@@ -83,6 +87,9 @@ class KernelProfile:
     guest_memfd_on_default_vm: bool
     sregs_check_efer: bool
     req_certs: bool
+    hypercall_ret_cleared: bool
+    ap_create_exact_features: bool
+    vmpls: int
     quirks: int
 
     def __str__(self) -> str:
@@ -109,6 +116,9 @@ _6_12 = KernelProfile(
     guest_memfd_on_default_vm=False,
     sregs_check_efer=True,
     req_certs=False,
+    hypercall_ret_cleared=False,
+    ap_create_exact_features=False,
+    vmpls=1,
     quirks=_QUIRKS_6_12,
 )
 
@@ -126,6 +136,8 @@ _6_18 = replace(
     guest_memfd_flags=lib.GUEST_MEMFD_FLAG_MMAP | lib.GUEST_MEMFD_FLAG_INIT_SHARED,
     guest_memfd_flags_private=lib.GUEST_MEMFD_FLAG_MMAP,
     guest_memfd_on_default_vm=True,
+    hypercall_ret_cleared=True,
+    ap_create_exact_features=True,
     sregs_check_efer=False,
     quirks=_QUIRKS_6_18,
 )
@@ -141,8 +153,10 @@ _7_0 = replace(
     req_certs=True,
 )
 
+_MULTI_VMPL = replace(_7_0, name="multi-vmpl", release="7.0, and VMPLs as 56421 has them", vmpls=4)
+
 KERNEL_PROFILES: Mapping[str, KernelProfile] = MappingProxyType(
-    {profile.name: profile for profile in (_6_12, _6_18, _7_0)}
+    {profile.name: profile for profile in (_6_12, _6_18, _7_0, _MULTI_VMPL)}
 )
 """Every kernel profile by name."""
 

@@ -43,6 +43,7 @@ class SevVm:
         self.context: int | None = None
         self.fd = -1
         self.req_certs = False
+        self.ap_jump_table = 0
         self.requests: GuestRequests | None = None
         self.regions: list[tuple[int, int]] = []
 

@@ -90,6 +90,7 @@ class Slots:
             self._change(old, region)
         else:
             self._create(region)
+        self._vm.memory_changed(code=True)
 
     def remove_all(self) -> None:
         """The VM is gone."""
@@ -189,6 +190,7 @@ class Attributes:
         if attributes.attributes:
             kept.append((first, end))
         self._ranges = sorted(kept)
+        self._vm.memory_changed()
 
 
 def _outside(low: int, high: int, first: int, end: int) -> list[tuple[int, int]]:

@@ -9,8 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim import caps, vcpu_ioctls
+from kvmlaunch.sim.cpuid_table import find_leaf
 from kvmlaunch.sim.fdtable import File
+from kvmlaunch.sim.irq import LocalApic
+from kvmlaunch.sim.plain_state import from_vmsa
+from kvmlaunch.sim.sev_es import SevEsState
 from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.sim.vcpu_run import VcpuRun
 from kvmlaunch.sim.vcpu_state import VcpuState
 from kvmlaunch.uapi import RealPlatform, ffi, ioctl_name, lib
 
@@ -18,8 +23,6 @@ if TYPE_CHECKING:
     from kvmlaunch.sim.vm import Vm
 
 __all__ = ["Vcpu", "VcpuFile"]
-
-_FAIL_ENTRY_REASON = 0xFFFFFFFF
 
 
 class Vcpu:
@@ -52,6 +55,17 @@ class Vcpu:
         runnable = bsp or not vm.irq.in_kernel
         self.mp_state = lib.KVM_MP_STATE_RUNNABLE if runnable else lib.KVM_MP_STATE_UNINITIALIZED
         self.sipi_pending = False
+        self.interrupt: int | None = None
+        self.nmi_pending = 0
+        self.nmi_masked = False
+        self.init_pending = False
+        self.sipi_vector = 0
+        self.update_state = False
+        """KVM_REQ_UPDATE_PROTECTED_GUEST_STATE."""
+        self.apic = LocalApic(self)
+        self.sev_es = SevEsState(self) if vm.is_snp_type else None
+        self.running = VcpuRun(self)
+        self.seat = vm.scheduler.add(self)
         self.run_address = _anonymous(caps.VCPU_MMAP_SIZE)
         self.run: Any = ffi.cast("struct kvm_run *", self.run_address)
 
@@ -63,30 +77,73 @@ class Vcpu:
         if self.vmsa_spa and not host.rmp.make_shared(self.vmsa_spa):
             host.memory.free(self.vmsa_spa)
 
-    def check_run(self) -> bool:
-        """KVM_RUN up to the entry: False where the entry itself failed (FAIL_ENTRY)."""
-        run, vm = self.run, self.vm
-        immediate = run.immediate_exit
-        run.flags = 0
-        waiting = self.mp_state == lib.KVM_MP_STATE_UNINITIALIZED
-        if waiting and immediate:
-            refuse(errno.EINTR)
-        if not waiting and (run.kvm_valid_regs | run.kvm_dirty_regs) & ~vm.sync_regs:
-            refuse(errno.EINVAL)
-        # The kernel looks at immediate_exit before it asks the vendor module (need_init).
-        if immediate:
-            refuse(errno.EINTR)
-        if waiting:
-            return True
-        if vm.sev.need_init:
-            refuse(errno.EINVAL)
-        if vm.is_snp_type and not self.protected:
-            run.exit_reason = lib.KVM_EXIT_FAIL_ENTRY
-            run.fail_entry.hardware_entry_failure_reason = _FAIL_ENTRY_REASON
-            run.fail_entry.cpu = 0
-            self.has_run = True
-            return False
-        return True
+    def has_events(self) -> bool:
+        """kvm_vcpu_has_events(): something that ends a wait. Takes no lock."""
+        return (
+            self.init_pending
+            or self.sipi_pending
+            or self.update_state
+            or self.interrupt is not None
+            or bool(self.nmi_pending and not self.nmi_masked)
+            or self.running.exception is not None
+            or self.apic.has_interrupt()
+        )
+
+    def can_run(self) -> bool:
+        """kvm_arch_vcpu_runnable(). Takes no lock."""
+        return self.mp_state == lib.KVM_MP_STATE_RUNNABLE or self.has_events()
+
+    def interrupted(self) -> bool:
+        """Whether its thread, which asks, was told to leave KVM_RUN.
+
+        Of the signals that would end a system call only the launcher's kick is seen.
+        """
+        return bool(self.run.immediate_exit or lib.kl_take_kick())
+
+    def accept_events(self) -> None:
+        """kvm_apic_accept_events(): INIT, then SIPI."""
+        if self.init_pending:
+            self.init_pending = False
+            self.reset()
+            bsp = self.id == self.vm.bsp_id
+            self.mp_state = lib.KVM_MP_STATE_RUNNABLE if bsp else lib.KVM_MP_STATE_INIT_RECEIVED
+        if self.sipi_pending:
+            self.sipi_pending = False
+            if self.mp_state == lib.KVM_MP_STATE_INIT_RECEIVED:
+                self._deliver_sipi()
+                self.mp_state = lib.KVM_MP_STATE_RUNNABLE
+
+    def reset(self) -> None:
+        """kvm_vcpu_reset() for an INIT: registers, but not those that firmware has."""
+        self.interrupt, self.running.exception = None, None
+        self.nmi_pending = 0
+        if self.sev_es is not None:
+            self.sev_es.init_event()
+            return
+        self.pull_state()
+        signature = find_leaf(self.cpuid, 1)
+        self.state.init_event(None if signature is None else signature.eax)
+        self.running.unload()
+
+    def _deliver_sipi(self) -> None:
+        if self.sev_es is not None:
+            self.sev_es.deliver_sipi()
+        else:
+            self.pull_state()
+            self.state.start_at(self.sipi_vector)
+            self.running.unload()
+
+    def guest_tsc(self) -> int:
+        """The TSC, which counts what the guest has executed, not the time of the host."""
+        return self.vm.guest_ticks
+
+    def pull_state(self) -> None:
+        """Bring the registers of a plain guest from the CPU to where the ioctls find them."""
+        if self.sev_es is not None:
+            return
+        vmsa = self.running.save()
+        if vmsa is not None:
+            from_vmsa(self.state, vmsa, self.running.live_cpu.read("cr8"))
 
 
 class VcpuFile(File):
@@ -113,22 +170,22 @@ class VcpuFile(File):
         handler = self._handlers.get(request)
         if handler is None:
             refuse(errno.EINVAL)
-        return handler(self.vcpu, arg)
+        self.vcpu.pull_state()
+        result = handler(self.vcpu, arg)
+        if self.vcpu.sev_es is None and ioctl_name(request).startswith("KVM_SET_"):
+            # An IN that waits for its answer is executed once more.
+            self.vcpu.running.unload()
+        return result
 
-    def prepare_run(self, arg: int) -> bool:
-        """KVM_RUN's checks; False where it is over already, with ret 0."""
+    def prepare_run(self, arg: int) -> None:
+        """KVM_RUN's checks of the call itself."""
         self.vcpu.vm.check_alive()
         if arg:
             refuse(errno.EINVAL)
-        return self.vcpu.check_run()
 
     def enter(self) -> int:
-        """Run the guest: without the platform's lock, and not at all so far.
-
-        ENOSYS is never a kernel's answer to KVM_RUN. It also stands for an AP that
-        would block until another vCPU starts it.
-        """
-        refuse(errno.ENOSYS)
+        """Run the guest, without the host's lock. 0 where ``struct kvm_run`` has an exit."""
+        return self.vcpu.running.run()
 
     def mmap(self, length: int, offset: int) -> int:
         """The run pages. Each mapping is the same memory at the same address."""

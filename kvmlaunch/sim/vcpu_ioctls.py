@@ -33,6 +33,7 @@ _EVENTS_REPORTED = (
 # Payload and triple fault need capabilities that nobody can enable here.
 _EVENTS_SETTABLE = _EVENTS_REPORTED | lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
 _NMI_VECTOR = 2
+_MAX_NMIS = 2
 _FPU = struct.Struct("<HHBBHQQ")
 
 
@@ -237,8 +238,7 @@ def _set_xsave(vcpu: Vcpu, arg: int) -> int:
 
 
 def _get_mp_state(vcpu: Vcpu, arg: int) -> int:
-    if vcpu.sipi_pending and vcpu.mp_state == lib.KVM_MP_STATE_INIT_RECEIVED:
-        vcpu.mp_state, vcpu.sipi_pending = lib.KVM_MP_STATE_RUNNABLE, False
+    vcpu.accept_events()
     copy_out(vcpu.vm.host.user, arg, ffi.new("struct kvm_mp_state *", [vcpu.mp_state]))
     return 0
 
@@ -312,10 +312,17 @@ def _interrupt(vcpu: Vcpu, arg: int) -> int:
         refuse(errno.EINVAL)
     if vcpu.vm.irq.pic:
         refuse(errno.ENXIO)
+    if vcpu.vm.irq.split and vcpu.interrupt is not None:
+        refuse(errno.EEXIST)
+    vcpu.interrupt = vector
     return 0
 
 
 def _nmi(vcpu: Vcpu, arg: int) -> int:
+    """One NMI more, of which no more than two wait (process_nmi)."""
+    most = 1 if vcpu.nmi_masked else _MAX_NMIS
+    vcpu.nmi_pending = min(vcpu.nmi_pending + 1, most)
+    vcpu.vm.scheduler.wake()
     return 0
 
 
@@ -399,13 +406,8 @@ def _pre_fault_page(vcpu: Vcpu, gfn: int) -> int:
         except OSError:
             return errno.EFAULT
         return 0
-    if slot.gmem is None:
+    if vm.memory.private_page(gfn * PAGE_SIZE) is None:
         return errno.EFAULT
-    index = slot.gmem_first + gfn - slot.base_gfn
-    spa = slot.gmem.spa(index)
-    if not vm.host.rmp.lookup(spa).assigned:
-        vm.host.rmp.make_private(spa, gfn * PAGE_SIZE, vm.sev.asid, immutable=False)
-    slot.gmem.populated.add(index)
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from kvmlaunch.sim import msrs
 from kvmlaunch.sim.fpu import FpuState
 from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits, canonical
-from kvmlaunch.sim.vmcb import Vmcb
+from kvmlaunch.sim.vmcb import Segment, Vmcb
 
 __all__ = ["GENERAL", "VcpuState"]
 
@@ -19,7 +19,7 @@ GENERAL = (
 
 _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
-_CR0_PE, _CR0_NW, _CR0_CD, _CR0_PG = 1 << 0, 1 << 29, 1 << 30, 1 << 31
+_CR0_PE, _CR0_ET, _CR0_NW, _CR0_CD, _CR0_PG = 1 << 0, 1 << 4, 1 << 29, 1 << 30, 1 << 31
 _CR4_PAE, _CR4_MCE = 1 << 5, 1 << 6
 _EFER_LME, _EFER_LMA, _EFER_SVME = 1 << 8, 1 << 10, 1 << 12
 _RFLAGS_FIXED = 1 << 1
@@ -67,9 +67,31 @@ class VcpuState:
         self.guest = NOTHING_KNOWN
         self.guest_xcr0 = 1
         self.reserved_gpa_bits = _reserved(36)
-        self.set_cr0(_CR0_CD | _CR0_NW | 1 << 4)
+        self.set_cr0(_CR0_CD | _CR0_NW | _CR0_ET)
         self.set_cr4(0)
         self.set_efer(0)
+
+    def init_event(self, signature: int | None) -> None:
+        """kvm_vcpu_reset() for INIT: what a reset sets, but for FPU, MSRs, PAT and CR0.CD/NW."""
+        kept_cr0, pat = self.cr0 & (_CR0_CD | _CR0_NW), self.vmcb["g_pat"]
+        self.vmcb = Vmcb()
+        self.vmcb["g_pat"] = pat
+        self.regs = dict.fromkeys(GENERAL, 0)
+        self.regs["rdx"] = _RESET_RDX if signature is None else signature
+        self.regs["rip"] = 0xFFF0
+        self.cr2 = self.cr8 = 0
+        self.db = [0, 0, 0, 0]
+        self.dr6, self.dr7 = 0xFFFF0FF0, 0x400
+        self.set_cr3(0)
+        self.set_efer(0)
+        self.set_cr0(_CR0_ET | kept_cr0)
+        self.set_cr4(0)
+
+    def start_at(self, vector: int) -> None:
+        """kvm_vcpu_deliver_sipi_vector(): begin at that page."""
+        cs = self.vmcb.segment("cs")
+        self.vmcb.put_segment("cs", Segment(vector << 8, cs.attrib, cs.limit, vector << 12))
+        self.regs["rip"] = 0
 
     def set_cr0(self, value: int) -> None:
         """svm_set_cr0(): CD and NW don't reach the CPU while the quirk is on."""

@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmlaunch.sim import caps, irq
+from kvmlaunch.sim import caps, intercepts, irq
 from kvmlaunch.sim.enable_cap import enable_cap
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.guest_memfd import GuestMemfd
+from kvmlaunch.sim.guest_memory import VmMemory
 from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.scheduler import Scheduler
 from kvmlaunch.sim.sev import SevVm, encrypt_op, register_region, unregister_region
 from kvmlaunch.sim.slots import Attributes, Slots
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
+from kvmlaunch.softcpu import CpuOptions, Machine
 from kvmlaunch.uapi import ffi, ioctl_name, lib
 
 if TYPE_CHECKING:
@@ -43,9 +46,14 @@ class Vm:
         self.tsc_khz = host.tsc_khz
         self.pre_fault_allowed = not self.is_snp_type
         self.vcpus: list[Vcpu] = []
+        self.running: Vcpu | None = None
         self.slots = Slots(self)
         self.attributes = Attributes(self)
         self.sev = SevVm(self)
+        self.memory = VmMemory(self)
+        self.scheduler = Scheduler(host.seed)
+        self._machine: Machine | None = None
+        self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
         self._references = 0
 
     @property
@@ -78,6 +86,48 @@ class Vm:
         """Flags of KVM_CREATE_GUEST_MEMFD."""
         profile = self.host.profile
         return profile.guest_memfd_flags_private if self.is_snp_type else profile.guest_memfd_flags
+
+    def memory_changed(self, *, code: bool = False) -> None:
+        """Pages have moved or changed sides: CPUs must look again before they run.
+
+        ``code``: what they hold is another as well.
+        """
+        self.host.memory_changed(code=code)
+
+    def flush_if_changed(self) -> None:
+        """Let the CPUs forget what they know of memory, where that has changed."""
+        host = self.host
+        if self._code_seen != host.code_generation:
+            self.machine().flush_code()
+        elif self._memory_seen != host.memory_generation:
+            self.machine().flush()
+        self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
+
+    def machine(self) -> Machine:
+        """The CPUs' engine, made for the first of them. Raises MissingCapability."""
+        if self._machine is None:
+            cpu, snp = self.host.cpu, self.is_snp_type
+            options = CpuOptions(
+                snp=snp,
+                c_bit=cpu.c_bit,
+                asid=self.sev.asid,
+                physical_bits=self.host.phys_bits - (cpu.phys_bits_reduction if snp else 0),
+                cpuid=self._running_cpuid,
+                exit_on_pause=len(self.vcpus) > 1,
+            )
+            self._machine = self.host.machine(self.memory, options)
+        return self._machine
+
+    @property
+    def guest_ticks(self) -> int:
+        """What all vCPUs have executed: the TSC."""
+        return 0 if self._machine is None else self._machine.ticks
+
+    def _running_cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        """CPUID of a plain guest, asked by the one CPU that runs."""
+        with self.host.lock:
+            assert self.running is not None
+            return intercepts.cpuid(self.running, function, index)
 
     def get(self) -> None:
         """Take a reference."""
@@ -239,8 +289,10 @@ class VmFile(File):
         return self.vm.tsc_khz
 
     def _get_clock(self, arg: int) -> int:
-        """A clock that stands still: there is no guest time yet."""
-        copy_out(self._user, arg, ffi.new("struct kvm_clock_data *"))
+        """The guest's time, in nanoseconds: it goes on only while guest code runs."""
+        clock = ffi.new("struct kvm_clock_data *")
+        clock.clock = self.vm.guest_ticks * 1_000_000 // self.vm.tsc_khz
+        copy_out(self._user, arg, clock)
         return 0
 
     def _set_clock(self, arg: int) -> int:

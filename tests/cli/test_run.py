@@ -29,14 +29,15 @@ def test_run_sim_hello_says_every_step_in_order(cli: Cli, guests: Path) -> None:
     image = guests / "hello.elf"
     digest = cli("measure", image).out.strip()
     done = cli("run", *SIM, image)
-    assert (done.code, done.out) == (0, "")
+    assert done.code == 0
+    assert done.out == ("hello from a kvmlaunch guest\nSEV-SNP guest, C-bit 51, GHCB protocol 2\n")
     (pages,) = set(re.findall(r"\b([0-9]+) pages", done.err))
     assert done.err.splitlines() == [
         "platform sim (6.12): a simulated host, as asked",
         f"launched {image}: {pages} pages measured, policy 0x30000",
         f"launch digest {digest}",
         f"prediction and host agree on all {pages} pages",
-        "the simulated host has no CPU yet: the guest was launched, but not run",
+        "vCPU 0: the guest wrote 0x0 to the exit port",
     ]
 
 
@@ -48,8 +49,8 @@ def test_run_sim_profile_is_named_in_the_summary(cli: Cli, halt: Path, profile: 
 
 def test_run_sim_debian_ovmf_agrees_with_the_host(cli: Cli, ovmf: Path) -> None:
     # 512 pages of firmware, 31 of metadata (29 zero, secrets, CPUID), 4 VMSAs.
-    done = cli("run", *SIM, "--vcpus", 4, "--ovmf", ovmf)
-    assert done.code == 0
+    # How far it boots then is not the matter here.
+    done = cli("run", *SIM, "--vcpus", 4, "--timeout", 1, "--ovmf", ovmf)
     assert "prediction and host agree on all 547 pages" in done.err
 
 
@@ -160,7 +161,6 @@ def test_run_refused_cpuid_page_shows_the_correction(cli: Cli, firmware: Path) -
 def test_run_refused_cpuid_page_is_taken_when_retried(cli: Cli, firmware: Path) -> None:
     fault = "CPUID:correct=0x80000008.ebx"
     done = cli("run", *SIM, "--retry-cpuid", "--sim-fault", fault, "--ovmf", firmware)
-    assert done.code == 0
     assert "CPUID page corrected by the firmware: leaf 0x80000008 index 0x0 EBX: " in done.err
     assert "prediction and host agree" in done.err
 
@@ -235,8 +235,8 @@ def test_run_64_bit_image_takes_the_hosts_c_bit(
     tells_cbitpos(47)
     digest = cli("measure", "--cbitpos", 47, guests / "halt.elf").out.strip()
     assert digest != cli("measure", guests / "halt.elf").out.strip()
+    # What the processor does with such page tables is another matter.
     done = cli("run", *SIM, guests / "halt.elf")
-    assert done.code == 0
     assert f"launch digest {digest}" in done.err.splitlines()
 
 
@@ -254,7 +254,8 @@ def test_run_64_bit_image_on_a_host_that_does_not_tell_asks_for_the_option(
 def test_run_64_bit_image_with_the_option_is_launched_on_a_host_that_does_not_tell(
     cli: Cli, guests: Path, silent_cpuid: None
 ) -> None:
-    assert cli("run", *SIM, "--cbitpos", 46, guests / "halt.elf").code == 0
+    done = cli("run", *SIM, "--cbitpos", 46, guests / "halt.elf")
+    assert "prediction and host agree on all" in done.err
 
 
 def test_run_32_bit_image_is_launched_on_a_host_that_does_not_tell(

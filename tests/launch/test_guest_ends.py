@@ -1,4 +1,4 @@
-"""Every guest of examples/guests on a real KVM ends as the table of tests/guest_ends.py says.
+"""Every guest of examples/guests ends as the table of tests/guest_ends.py says.
 
 The SNP ones need a host that can launch and run them (KVMLAUNCH_REQUIRE=snp).
 """
@@ -15,9 +15,10 @@ from kvmlaunch.launch.checks import FailedCheck
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.platforms import host_cbitpos
-from kvmlaunch.uapi import RealPlatform
+from kvmlaunch.uapi import Platform, RealPlatform
 from tests import guest_ends
 from tests.guests import EXAMPLES
+from tests.host import require_simulated_cpu
 
 GUESTS = sorted(path.stem for path in (EXAMPLES / "guests").glob("*.[cs]"))
 TIMEOUT = 40.0
@@ -26,9 +27,7 @@ TIMEOUT = 40.0
 class Run:
     """Outcome, console and exits of a guest."""
 
-    def __init__(
-        self, name: str, guests: Path, platform: RealPlatform, *, confidential: bool
-    ) -> None:
+    def __init__(self, name: str, guests: Path, platform: Platform, *, confidential: bool) -> None:
         options = PlanOptions(
             memory=guest_ends.MEMORY,
             vcpus=guest_ends.VCPUS.get(name, 1),
@@ -74,6 +73,25 @@ def test_guest_when_an_snp_guest_ends_as_it_says(
     run = Run(name, guests, real_snp, confidential=True)
     end = guest_ends.end_of(name, guest_ends.snp_kind())
     guest_ends.check(end, run.outcome, run.text, run.exits)
+
+
+@pytest.mark.simulated
+@pytest.mark.parametrize("name", GUESTS)
+@pytest.mark.parametrize("confidential", [True, False], ids=["snp", "plain"])
+def test_guest_when_simulated_ends_as_on_kvm(
+    guests: Path, name: str, *, confidential: bool
+) -> None:
+    run = Run(name, guests, require_simulated_cpu(), confidential=confidential)
+    end = guest_ends.end_of(name, "snp" if confidential else "plain")
+    guest_ends.check(end, run.outcome, run.text, run.exits)
+
+
+@pytest.mark.simulated
+def test_vmpl_when_the_simulated_host_has_vmpls_ends_at_what_vmpl1_must_not(
+    guests: Path,
+) -> None:
+    run = Run("vmpl", guests, require_simulated_cpu("multi-vmpl"), confidential=True)
+    guest_ends.check(guest_ends.end_of("vmpl", "multi-vmpl"), run.outcome, run.text, run.exits)
 
 
 def test_failed_check_when_an_snp_guest_reaches_the_host_with_its_values(

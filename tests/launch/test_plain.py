@@ -1,10 +1,11 @@
-"""Plain VMs on this machine's /dev/kvm: the same plans, loaders and run loop, unprotected.
+"""Plain VMs, real and simulated: the same plans, loaders and run loop, unprotected.
 
 Guest code is tiny and integer only, since KVM may run it in its instruction emulator.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from kvmlaunch.images import PlanOptions, load_image
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.launch.session import Session
-from tests.host import require_kvm
+from kvmlaunch.uapi import Platform
+from tests.host import require_kvm, require_simulated_cpu
 from tests.images.builders import Seg, elf64
 
 from .rig import SPIN, prints, prints64
@@ -21,9 +23,28 @@ from .rig import SPIN, prints, prints64
 TIMEOUT = 20.0
 
 
+@pytest.fixture(autouse=True, params=["kvm", "sim"])
+def _host(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test on both."""
+    Host.platform = require_kvm() if request.param == "kvm" else require_simulated_cpu()
+    yield
+    Host.platform = None
+
+
+class Host:
+    """The platform that the running test is for."""
+
+    platform: Platform | None = None
+
+    @classmethod
+    def get(cls) -> Platform:
+        assert cls.platform is not None
+        return cls.platform
+
+
 def run(image: bytes, *, vcpus: int = 1, timeout: float = TIMEOUT, **options: Any) -> Any:
-    """(outcome, console) of an image on the real /dev/kvm."""
-    platform = require_kvm()
+    """(outcome, console) of an image."""
+    platform = Host.get()
     plan = load_image(
         image, PlanOptions(vcpus=vcpus, memory=4 << 20, confidential=False, **options)
     )
@@ -121,7 +142,7 @@ def test_guest_when_it_never_ends_times_out() -> None:
 
 
 def test_guest_when_it_is_plain_has_no_state() -> None:
-    platform = require_kvm()
+    platform = Host.get()
     plan = load_image(prints(b""), PlanOptions(memory=1 << 20, confidential=False))
     with Guest(plan, platform) as guest:
         assert guest.state is None
@@ -129,7 +150,7 @@ def test_guest_when_it_is_plain_has_no_state() -> None:
 
 
 def test_session_when_the_guest_is_plain_runs_it() -> None:
-    platform = require_kvm()
+    platform = Host.get()
     plan = load_image(prints(b"session\n"), PlanOptions(memory=1 << 20, confidential=False))
     text = bytearray()
     with Session(plan, platform) as session:

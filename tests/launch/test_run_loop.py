@@ -370,9 +370,11 @@ def test_run_when_the_call_fails_says_that_registers_can_not_be_read() -> None:
     assert "protected vCPU can't be read" in str(outcome_of(lambda run: failed(errno.EIO)))
 
 
-def test_run_when_the_simulated_host_has_no_cpu_ends_well() -> None:
+def test_run_when_the_simulated_host_has_no_engine_names_the_command() -> None:
     outcome = outcome_of(lambda run: failed(errno.ENOSYS))
-    assert (outcome.kind, outcome.ok) == ("no-cpu", True)
+    assert (outcome.kind, outcome.ok) == ("no-cpu", False)
+    assert "pip install 'kvmlaunch[softcpu]'" in str(outcome)
+    assert "\n" not in str(outcome)
 
 
 # Outcomes and callbacks

@@ -1,7 +1,7 @@
-"""Guests on the runtime of examples/guests, run by a real KVM: as SNP guests and in plain VMs.
+"""Guests on the runtime of examples/guests: as SNP guests and in plain VMs, real and simulated.
 
-The SNP ones need a host that can launch and run them (KVMLAUNCH_REQUIRE=snp). What is expected
-is what the guests' sources say.
+On a real KVM the SNP ones need a host that can launch and run them (KVMLAUNCH_REQUIRE=snp). What
+is expected is what the guests' sources say.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kvmlaunch.images import PlanOptions, load_image
 from kvmlaunch.kvm.exits import Exit, HypercallExit, IoExit, MmioExit, SystemEventExit
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
-from kvmlaunch.uapi import RealPlatform, lib
-from tests.host import require_kvm, require_snp
+from kvmlaunch.uapi import Platform, lib
+from tests.host import require_kvm, require_simulated_cpu, require_snp
 
 MEMORY = 16 << 20
 TIMEOUT = 60.0
@@ -33,16 +33,39 @@ PAGE = 4096
 ENCRYPTED = lib.KVM_MAP_GPA_RANGE_ENCRYPTED
 
 
-@pytest.fixture(params=["plain", "snp"])
-def kind(request: pytest.FixtureRequest) -> tuple[RealPlatform, bool]:
+SIMULATED = pytest.param("sim", marks=pytest.mark.simulated)
+
+
+@pytest.fixture(params=["kvm", SIMULATED])
+def plain_host(request: pytest.FixtureRequest) -> Platform:
+    """A platform that runs plain guests."""
+    return require_kvm() if request.param == "kvm" else require_simulated_cpu()
+
+
+@pytest.fixture(params=["kvm", SIMULATED])
+def snp_host(request: pytest.FixtureRequest) -> Platform:
+    """A platform that runs SNP guests."""
+    return require_snp() if request.param == "kvm" else require_simulated_cpu()
+
+
+@pytest.fixture(
+    params=[
+        *("plain-kvm", "snp-kvm"),
+        *(pytest.param(kind, marks=pytest.mark.simulated) for kind in ("plain-sim", "snp-sim")),
+    ]
+)
+def kind(request: pytest.FixtureRequest) -> tuple[Platform, bool]:
     """A platform and whether the guest is confidential."""
-    confidential = request.param == "snp"
+    guest, _, host = request.param.partition("-")
+    confidential = guest == "snp"
+    if host == "sim":
+        return require_simulated_cpu(), confidential
     return (require_snp() if confidential else require_kvm()), confidential
 
 
 def launched(
     image: Path,
-    platform: RealPlatform,
+    platform: Platform,
     confidential: bool,
     *,
     vcpus: int = 1,
@@ -60,7 +83,7 @@ def launched(
 class Run:
     """Outcome, console and exits of a guest that ran to its end."""
 
-    def __init__(self, image: Path, platform: RealPlatform, confidential: bool, **options: Any):
+    def __init__(self, image: Path, platform: Platform, confidential: bool, **options: Any):
         console = bytearray()
         self.exits: list[tuple[int, Exit]] = []
         with launched(image, platform, confidential, **options) as guest:
@@ -95,18 +118,18 @@ def exits_of(guest: Guest) -> Iterator[Exit]:
 
 @pytest.mark.parametrize("vcpus", [1, 4])
 def test_hello_when_plain_prints_its_line_only(
-    real_kvm: RealPlatform, guests: Path, vcpus: int
+    plain_host: Platform, guests: Path, vcpus: int
 ) -> None:
-    run = Run(guests / "hello.elf", real_kvm, False, vcpus=vcpus)
+    run = Run(guests / "hello.elf", plain_host, False, vcpus=vcpus)
     assert (run.outcome.kind, run.outcome.ok) == ("exit-port", True)
     assert run.text == "hello from a kvmlaunch guest\n"
 
 
 @pytest.mark.parametrize("vcpus", [1, 4])
 def test_hello_when_an_snp_guest_says_where_it_runs(
-    real_snp: RealPlatform, guests: Path, vcpus: int
+    snp_host: Platform, guests: Path, vcpus: int
 ) -> None:
-    run = Run(guests / "hello.elf", real_snp, True, vcpus=vcpus)
+    run = Run(guests / "hello.elf", snp_host, True, vcpus=vcpus)
     assert (run.outcome.kind, run.outcome.ok) == ("exit-port", True)
     first, second = run.text.splitlines()
     assert first == "hello from a kvmlaunch guest"
@@ -114,10 +137,10 @@ def test_hello_when_an_snp_guest_says_where_it_runs(
     assert second.endswith(", GHCB protocol 2")
 
 
-def test_hello_when_an_snp_guest_changes_two_pages(real_snp: RealPlatform, guests: Path) -> None:
+def test_hello_when_an_snp_guest_changes_two_pages(snp_host: Platform, guests: Path) -> None:
     changes = [
         exit_.args[::2][:2]
-        for _, exit_ in Run(guests / "hello.elf", real_snp, True).exits
+        for _, exit_ in Run(guests / "hello.elf", snp_host, True).exits
         if isinstance(exit_, HypercallExit)
     ]
     # Its GHCB, somewhere in its bss, becomes shared; a page that was not launched private.
@@ -128,10 +151,10 @@ def test_hello_when_an_snp_guest_changes_two_pages(real_snp: RealPlatform, guest
 
 
 def test_waiting_vcpus_when_an_snp_guest_are_held_in_reset(
-    real_snp: RealPlatform, test_guests: Path
+    snp_host: Platform, test_guests: Path
 ) -> None:
     """mmio waits for an answer that never comes, so that each vCPU has the time to get there."""
-    with launched(test_guests / "mmio.elf", real_snp, True, vcpus=3) as guest:
+    with launched(test_guests / "mmio.elf", snp_host, True, vcpus=3) as guest:
         first = next(exits_of(guest))
         others = [vcpu.run() for vcpu in guest.vcpus[1:]]
     assert isinstance(first, MmioExit)
@@ -139,7 +162,7 @@ def test_waiting_vcpus_when_an_snp_guest_are_held_in_reset(
 
 
 def test_start_info_when_read_by_the_guest_has_its_memory(
-    kind: tuple[RealPlatform, bool], test_guests: Path
+    kind: tuple[Platform, bool], test_guests: Path
 ) -> None:
     run = Run(test_guests / "start_info.elf", *kind)
     assert (run.outcome.ok, run.text) == (True, "0 16384 ram\n")
@@ -149,7 +172,7 @@ def test_start_info_when_read_by_the_guest_has_its_memory(
 
 
 def test_mmio_when_answered_reaches_the_guest(
-    kind: tuple[RealPlatform, bool], test_guests: Path
+    kind: tuple[Platform, bool], test_guests: Path
 ) -> None:
     seen = []
     with launched(test_guests / "mmio.elf", *kind) as guest:
@@ -181,7 +204,7 @@ def test_mmio_when_answered_reaches_the_guest(
 
 
 def test_mmio_when_nobody_answers_ends_the_run_with_its_address(
-    kind: tuple[RealPlatform, bool], test_guests: Path
+    kind: tuple[Platform, bool], test_guests: Path
 ) -> None:
     outcome = Run(test_guests / "mmio.elf", *kind).outcome
     assert (outcome.kind, outcome.ok) == ("failed", False)
@@ -191,10 +214,10 @@ def test_mmio_when_nobody_answers_ends_the_run_with_its_address(
 
 
 def test_page_when_shared_is_heard_on_both_sides_and_can_be_taken_back(
-    real_snp: RealPlatform, test_guests: Path
+    snp_host: Platform, test_guests: Path
 ) -> None:
     heard = []
-    with launched(test_guests / "convert.elf", real_snp, True) as guest:
+    with launched(test_guests / "convert.elf", snp_host, True) as guest:
         for exit_ in exits_of(guest):
             assert isinstance(exit_, IoExit)
             assert exit_.port == DOORBELL
@@ -206,9 +229,9 @@ def test_page_when_shared_is_heard_on_both_sides_and_can_be_taken_back(
 
 
 def test_termination_when_asked_for_has_its_set_and_code(
-    real_snp: RealPlatform, test_guests: Path
+    snp_host: Platform, test_guests: Path
 ) -> None:
-    outcome = Run(test_guests / "terminate.elf", real_snp, True).outcome
+    outcome = Run(test_guests / "terminate.elf", snp_host, True).outcome
     assert (outcome.kind, outcome.ok) == ("terminated", False)
     assert str(outcome) == (
         "vCPU 0: KVM_EXIT_SYSTEM_EVENT SEV_TERM data=['0x425100']: the guest asked for "
@@ -217,14 +240,14 @@ def test_termination_when_asked_for_has_its_set_and_code(
 
 
 def test_ports_when_nothing_is_there_read_as_ones(
-    kind: tuple[RealPlatform, bool], test_guests: Path
+    kind: tuple[Platform, bool], test_guests: Path
 ) -> None:
     outcome = Run(test_guests / "ports.elf", *kind).outcome
     assert (outcome.kind, outcome.ok) == ("exit-port", True)
 
 
 def test_cpuid_and_msrs_when_asked_are_answered(
-    kind: tuple[RealPlatform, bool], test_guests: Path
+    kind: tuple[Platform, bool], test_guests: Path
 ) -> None:
     run = Run(test_guests / "registers.elf", *kind)
     assert (run.outcome.kind, run.outcome.ok) == ("exit-port", True)
@@ -238,12 +261,12 @@ def test_cpuid_and_msrs_when_asked_are_answered(
     ("name", "kind", "ok"), [("halt", "halted", True), ("misbehave", "shutdown", False)]
 )
 def test_64_bit_guest_when_its_page_tables_have_the_hosts_c_bit_ends_as_it_should(
-    real_snp: RealPlatform, guests: Path, name: str, kind: str, ok: bool
+    snp_host: Platform, guests: Path, name: str, kind: str, ok: bool
 ) -> None:
     """hello says where the C-bit is, since the host's CPUID may not."""
-    said = Run(guests / "hello.elf", real_snp, True).text
+    said = Run(guests / "hello.elf", snp_host, True).text
     cbitpos = int(said.partition("C-bit ")[2].partition(",")[0])
-    outcome = Run(guests / f"{name}.elf", real_snp, True, cbitpos=cbitpos).outcome
+    outcome = Run(guests / f"{name}.elf", snp_host, True, cbitpos=cbitpos).outcome
     assert (outcome.kind, outcome.ok) == (kind, ok)
 
 
@@ -251,32 +274,32 @@ def test_64_bit_guest_when_its_page_tables_have_the_hosts_c_bit_ends_as_it_shoul
 
 
 def test_exception_when_plain_ends_at_the_exit_port(
-    real_kvm: RealPlatform, test_guests: Path
+    plain_host: Platform, test_guests: Path
 ) -> None:
-    outcome = Run(test_guests / "exception.elf", real_kvm, False).outcome
+    outcome = Run(test_guests / "exception.elf", plain_host, False).outcome
     assert str(outcome) == "vCPU 0: the guest wrote 0x86 to the exit port"
 
 
 @pytest.mark.parametrize(("name", "code"), [("exception", 0x86), ("unknown_vc", 10)])
 def test_failure_when_an_snp_guest_is_a_termination_with_its_code(
-    real_snp: RealPlatform, test_guests: Path, name: str, code: int
+    snp_host: Platform, test_guests: Path, name: str, code: int
 ) -> None:
-    assert reason(Run(test_guests / f"{name}.elf", real_snp, True)) == (15, code)
+    assert reason(Run(test_guests / f"{name}.elf", snp_host, True)) == (15, code)
 
 
 def test_hello_when_the_host_refuses_a_page_state_change_ends_with_its_code(
-    real_snp: RealPlatform, guests: Path
+    snp_host: Platform, guests: Path
 ) -> None:
     """The page that it wants to have is behind the end of this memory."""
-    run = Run(guests / "hello.elf", real_snp, True, memory=0x180000)
+    run = Run(guests / "hello.elf", snp_host, True, memory=0x180000)
     assert (reason(run), run.text) == ((15, 5), "hello from a kvmlaunch guest\n")
 
 
 def test_hello_when_the_host_speaks_ghcb_version_1_only_ends_with_its_code(
-    real_snp: RealPlatform, guests: Path
+    snp_host: Platform, guests: Path
 ) -> None:
     try:
-        run = Run(guests / "hello.elf", real_snp, True, ghcb_version=1)
+        run = Run(guests / "hello.elf", snp_host, True, ghcb_version=1)
     except IoctlError as error:
         pytest.skip(f"this kernel doesn't take GHCB version 1 for SNP guests ({error.ioctl})")
     assert (reason(run), run.text) == ((15, 2), "")

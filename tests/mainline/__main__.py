@@ -31,6 +31,7 @@ _SECONDS = 240
 _PYTEST = (sys.executable, "-m", "pytest", "-q")
 _TAP = ("-p", "tests.mainline.tap", "--tap")
 _REAL_PATH = (
+    *("-m", "not simulated"),
     *("tests/hardware", "tests/launch/test_snp_run.py", "tests/launch/test_guest_ends.py"),
     *("tests/launch/test_plain.py", "tests/kvm/test_host.py", "tests/kvm/test_run.py"),
 )

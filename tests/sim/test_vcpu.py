@@ -8,6 +8,8 @@ import threading
 
 import pytest
 
+from kvmlaunch.errors import MissingCapability
+from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import ARGUMENT, ffi, ioctl_name, lib
 
 from .driver import PAGE, RW, Driver, Guest, launched, simulated, struct
@@ -647,9 +649,13 @@ def test_run_before_finish_is_fail_entry():
         assert run.fail_entry.hardware_entry_failure_reason == 0xFFFFFFFF
 
 
+def no_engine(memory, options):
+    raise MissingCapability("unicorn", "the software CPU")
+
+
 @pytest.mark.parametrize("vm_type", [0, 4])
-def test_run_that_would_enter_the_guest_is_enosys(vm_type):
-    with simulated() as platform:
+def test_run_without_an_engine_is_enosys(vm_type):
+    with SimPlatform(machine=no_engine) as platform:
         if vm_type:
             guest = launched(platform)
             guest.ok(guest.finish()[0])
@@ -659,16 +665,15 @@ def test_run_that_would_enter_the_guest_is_enosys(vm_type):
         assert platform.run(vcpu, None, None) == (-1, errno.ENOSYS, False, 1)
 
 
-def test_run_of_waiting_ap_is_enosys_or_eintr():
+def test_run_of_waiting_ap_with_immediate_exit_is_eintr():
     with simulated() as platform:
         machine = Machine(platform, split=True, vcpu_id=1)
-        assert machine.call("KVM_RUN") == (-1, errno.ENOSYS)
         machine.run_page().immediate_exit = 1
         assert machine.call("KVM_RUN") == (-1, errno.EINTR)
 
 
 def test_vcpus_of_many_threads_do_not_disturb_each_other():
-    with simulated() as platform:
+    with SimPlatform(machine=no_engine) as platform:
         machine = Machine(platform)
         fds = [machine.ok(machine.ioctl(machine.vm, lib.KVM_CREATE_VCPU, n)) for n in range(1, 9)]
         wrong = []

@@ -1,0 +1,82 @@
+"""Exits of a guest without encrypted state: the CPU hands over one access at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvmlaunch.sim import exits, hypercalls, intercepts
+from kvmlaunch.softcpu import (
+    IoRead,
+    IoWrite,
+    MmioRead,
+    MmioWrite,
+    MsrRead,
+    MsrWrite,
+    Vmmcall,
+)
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vcpu_run import VcpuRun
+
+__all__ = ["handlers"]
+
+
+def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
+    """Event -> what KVM makes of it, for one vCPU."""
+    vcpu = running.vcpu
+
+    def complete_read(data: bytes) -> int:
+        running.finish_read(int.from_bytes(data, "little"))
+        return 1
+
+    def io_read(event: IoRead) -> int:
+        exits.put_io_data(vcpu.run, bytes(event.size))
+        exits.io(vcpu.run, is_in=True, port=event.port, size=event.size, count=1)
+        running.complete = lambda: complete_read(exits.io_data(vcpu.run, event.size))
+        return 0
+
+    def io_write(event: IoWrite) -> int:
+        exits.put_io_data(vcpu.run, event.value.to_bytes(event.size, "little"))
+        exits.io(vcpu.run, is_in=False, port=event.port, size=event.size, count=1)
+        return 0
+
+    def mmio_read(event: MmioRead) -> int:
+        answer = vcpu.apic.read_mmio(event.gpa, event.size)
+        if answer is not None:
+            return complete_read(answer)
+        exits.mmio(vcpu.run, event.gpa, event.size, None)
+        running.complete = lambda: complete_read(exits.mmio_data(vcpu.run, event.size))
+        return 0
+
+    def mmio_write(event: MmioWrite) -> int:
+        data = event.value.to_bytes(event.size, "little")
+        if vcpu.apic.write_mmio(event.gpa, data):
+            return 1
+        exits.mmio(vcpu.run, event.gpa, event.size, data)
+        return 0
+
+    def msr_read(event: MsrRead) -> int:
+        value = intercepts.read_msr(vcpu, event.index)
+        if value is None:
+            running.live_cpu.refuse()
+        else:
+            running.live_cpu.complete(value)
+        return 1
+
+    def msr_write(event: MsrWrite) -> int:
+        if intercepts.write_msr(vcpu, event.index, event.value):
+            running.live_cpu.complete()
+        else:
+            running.live_cpu.refuse()
+        return 1
+
+    return {
+        IoRead: io_read,
+        IoWrite: io_write,
+        MmioRead: mmio_read,
+        MmioWrite: mmio_write,
+        MsrRead: msr_read,
+        MsrWrite: msr_write,
+        Vmmcall: lambda event: hypercalls.from_cpu(vcpu),
+    }

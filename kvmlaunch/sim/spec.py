@@ -1,0 +1,63 @@
+"""What is simulated, as people write it: ``6.12,seed=3,product=Genoa``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_args
+
+from kvmlaunch.abi.tcb import Product
+from kvmlaunch.errors import FormatError
+from kvmlaunch.sim.profiles import kernel_profile
+
+__all__ = ["DEFAULT_PRODUCT", "SimSpec", "parse_spec"]
+
+DEFAULT_PRODUCT = "Milan"
+
+_KEYS = ("product", "seed")
+
+
+class SimSpec(NamedTuple):
+    """Kernel profile, CPU, and the seed that vCPUs take turns by."""
+
+    profile: str
+    product: str = DEFAULT_PRODUCT
+    seed: int = 0
+
+
+def parse_spec(text: str) -> SimSpec:
+    """Read ``PROFILE[,KEY=VALUE...]``; keys are seed and product.
+
+    Raises FormatError for a profile, key or value that isn't known, and for a key given twice.
+    """
+    profile, *settings = text.split(",")
+    kernel_profile(profile)
+    found: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if key not in _KEYS or not equals:
+            raise FormatError(
+                f"{setting!r} is nothing that a simulated host has; known are "
+                f"{', '.join(f'{name}=...' for name in _KEYS)}"
+            )
+        if key in found:
+            raise FormatError(f"{key} of the simulated host is given twice")
+        found[key] = value
+    return SimSpec(
+        profile, _product(found.get("product", DEFAULT_PRODUCT)), _seed(found.get("seed", "0"))
+    )
+
+
+def _product(text: str) -> str:
+    known = get_args(Product)
+    if text not in known:
+        raise FormatError(f"no CPU is named {text!r}; known are {', '.join(known)}")
+    return text
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise FormatError(f"a seed is a number from 0 up, not {text!r}")
+    return value

@@ -1,0 +1,341 @@
+"""KVM_RUN: complete the last exit, then run the guest until the next (x86.c, svm.c)."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.sim import exits, plain_exits, plain_state, vmgexit
+from kvmlaunch.sim.guest_memory import MemoryFault
+from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.softcpu import (
+    Access,
+    Budget,
+    Event,
+    FaultReason,
+    Halt,
+    InterruptWindow,
+    InvalidState,
+    NestedFault,
+    Pause,
+    Shutdown,
+    SoftCpu,
+    VmgExit,
+)
+from kvmlaunch.uapi import lib
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vcpu import Vcpu
+
+__all__ = ["VcpuRun"]
+
+_RUN_TICKS = 200_000
+"""Most that a CPU runs before its thread looks up: a millisecond or so."""
+_EXIT_TICKS = 1000
+"""What an exit costs, so that a guest that only exits uses up its turn."""
+_CR8_RESERVED = ~0xF
+_IF = 1 << 9
+_EXIT_NPF = 0x400
+_FAULT_USER, _FAULT_FETCH = 1 << 2, 1 << 4
+
+
+class VcpuRun:
+    """The running side of one vCPU. Handlers return 1 to go on, 0 to exit, or raise OSError.
+
+    All but the guest's own code happens under the host's lock.
+    """
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self.cpu: SoftCpu | None = None
+        self.complete: Callable[[], int] | None = None
+        """What the next KVM_RUN does first (complete_userspace_io)."""
+        self.exception: tuple[int, int | None] | None = None
+        self._loaded = False
+        self._interrupt_flag = self._interruptible = False
+        self._handlers: dict[type[Any], Callable[[Any], int]] = {
+            Budget: self._nothing,
+            Halt: lambda event: self.halt(lib.KVM_MP_STATE_HALTED, lib.KVM_EXIT_HLT),
+            InterruptWindow: self._nothing,
+            InvalidState: self._fail_entry,
+            NestedFault: self._nested_fault,
+            Pause: self._pause,
+            Shutdown: self._shutdown,
+            VmgExit: lambda event: vmgexit.handle(self.vcpu, event.ghcb),
+            **plain_exits.handlers(self),
+        }
+
+    @property
+    def live_cpu(self) -> SoftCpu:
+        """The CPU, which exists since the first entry."""
+        assert self.cpu is not None
+        return self.cpu
+
+    # kvm_arch_vcpu_ioctl_run()
+
+    def run(self) -> int:
+        """One KVM_RUN, by the vCPU's own thread, which doesn't hold the host's lock."""
+        vcpu, vm = self.vcpu, self.vcpu.vm
+        lib.kl_take_kick()  # a signal before the call ends nothing
+        vm.scheduler.enter(vcpu.seat)
+        try:
+            # Completing an exit touches the CPU, and it may be another vCPU's turn.
+            with vm.host.gate.stopped(), vm.host.lock:
+                vcpu.run.flags = 0
+                waiting = vcpu.mp_state == lib.KVM_MP_STATE_UNINITIALIZED
+                if waiting and vcpu.run.immediate_exit:
+                    refuse(errno.EINTR)
+                if not waiting and not self._before_run():
+                    return 0
+            return self._wait_for_start() if waiting else self._loop()
+        finally:
+            with vm.host.lock:
+                self._after_run()
+            vm.scheduler.leave(vcpu.seat)
+
+    def _before_run(self) -> bool:
+        """What comes before the guest runs: False where the last exit isn't over yet."""
+        vcpu, run, vm = self.vcpu, self.vcpu.run, self.vcpu.vm
+        if (run.kvm_valid_regs | run.kvm_dirty_regs) & ~vm.sync_regs:
+            refuse(errno.EINVAL)
+        if not vm.irq.in_kernel:
+            if run.cr8 & _CR8_RESERVED:
+                refuse(errno.EINVAL)
+            vcpu.state.cr8 = run.cr8
+            self._put_cr8()
+        complete, self.complete = self.complete, None
+        if complete is not None and not complete():
+            return False
+        if run.immediate_exit:
+            refuse(errno.EINTR)
+        if vm.sev.need_init:
+            refuse(errno.EINVAL)
+        run.exit_reason = lib.KVM_EXIT_UNKNOWN
+        return True
+
+    def _wait_for_start(self) -> int:
+        """A vCPU that nobody started: EAGAIN once something happened to it."""
+        vcpu = self.vcpu
+        ticks = vcpu.vm.scheduler.turn(vcpu.seat)
+        with vcpu.vm.host.lock:
+            if ticks is None:
+                vcpu.run.exit_reason = lib.KVM_EXIT_INTR
+                refuse(errno.EINTR)
+            vcpu.accept_events()
+        refuse(errno.EAGAIN)
+
+    def _loop(self) -> int:
+        """vcpu_run()."""
+        vcpu, vm = self.vcpu, self.vcpu.vm
+        while True:
+            ticks = vm.scheduler.turn(vcpu.seat)
+            if ticks is None:
+                vcpu.run.exit_reason = lib.KVM_EXIT_INTR
+                refuse(errno.EINTR)
+            try:
+                if not self._step(min(ticks, _RUN_TICKS)):
+                    return 0
+            except MemoryFault as fault:
+                exits.memory_fault(vcpu.run, fault.gpa, PAGE_SIZE, private=fault.private)
+                refuse(fault.errno)
+            if self._window_is_open():
+                vcpu.run.exit_reason = lib.KVM_EXIT_IRQ_WINDOW_OPEN
+                return 0
+
+    def _step(self, ticks: int) -> int:
+        vcpu, vm = self.vcpu, self.vcpu.vm
+        with vm.host.lock:
+            if vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE:
+                return self._block()
+            entered = self._enter()
+        if entered is not None:
+            return entered
+        cpu = self.live_cpu
+        before = cpu.ticks
+        with vm.host.gate.running():
+            vm.running = vcpu
+            vm.flush_if_changed()
+            event = cpu.run(ticks)
+        spent = cpu.ticks - before + (0 if isinstance(event, Budget) else _EXIT_TICKS)
+        with vm.host.lock:
+            done = self._handle(event)
+            self._look(cpu)
+        vm.scheduler.spend(vcpu.seat, spent, keep=not done)
+        return done
+
+    def _block(self) -> int:
+        """vcpu_block(), once there is something to wake up for."""
+        vcpu = self.vcpu
+        vcpu.accept_events()
+        if vcpu.mp_state in (lib.KVM_MP_STATE_HALTED, lib.KVM_MP_STATE_AP_RESET_HOLD):
+            vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
+        elif vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE:
+            vcpu.vm.scheduler.give_up_turn(self.vcpu.seat)
+        return 1
+
+    # vcpu_enter_guest()
+
+    def _enter(self) -> int | None:
+        """Everything up to VMRUN; a handler's result where it doesn't come to that."""
+        vcpu = self.vcpu
+        if vcpu.update_state:
+            vcpu.update_state = False
+            vcpu.reset()
+            if vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE:
+                return 1
+        vcpu.accept_events()
+        if vcpu.mp_state == lib.KVM_MP_STATE_INIT_RECEIVED:
+            return 1
+        vcpu.has_run = True
+        if not self._load():
+            return self._fail_entry(None)
+        event = self._inject()
+        if event is not None:
+            return self._handle(event)
+        if vcpu.sev_es is not None:
+            vcpu.sev_es.unmap_ghcb()
+        return None
+
+    def _load(self) -> bool:
+        """Give the CPU its state, where it hasn't got it: False if VMRUN refuses it."""
+        if self._loaded:
+            return True
+        vcpu = self.vcpu
+        vmsa = plain_state.to_vmsa(vcpu.state) if vcpu.sev_es is None else vcpu.sev_es.vmsa()
+        if vmsa is None:
+            return False
+        if self.cpu is None:
+            self.cpu = vcpu.vm.machine().new_cpu()
+            if vcpu.sev_es is not None:
+                self.cpu.ghcb = vcpu.sev_es.reset_msr
+        # The GHCB MSR is the VMCB's: a new VMSA leaves it as it is.
+        ghcb = self.cpu.ghcb
+        if self.cpu.load(vmsa) is not None:
+            return False
+        self.cpu.ghcb = ghcb
+        self._loaded = True
+        self._put_cr8()
+        return True
+
+    def _put_cr8(self) -> None:
+        """Give a plain guest its task priority; that of encrypted state is the guest's own."""
+        if self._loaded and self.vcpu.sev_es is None:
+            self.live_cpu.write("cr8", self.vcpu.state.cr8)
+
+    def save(self) -> Vmsa | None:
+        """The guest's registers, None if the CPU doesn't have them; they stay there."""
+        return self.live_cpu.save() if self._loaded else None
+
+    def finish_read(self, value: int) -> None:
+        """Answer an access of a plain guest, unless user space has changed its registers since."""
+        if self._loaded:
+            self.live_cpu.complete(value)
+
+    def unload(self) -> None:
+        """The next entry takes the state from where it is kept."""
+        self._loaded = False
+        # A guest that is set up anew may find other code where it was before.
+        self.vcpu.vm.memory_changed(code=True)
+
+    def _inject(self) -> Event | None:
+        """kvm_check_and_inject_events(): one event at a time, and a window for the next."""
+        vcpu, cpu = self.vcpu, self.live_cpu
+        event: Event | None = None
+        if self.exception is not None:
+            (vector, code), self.exception = self.exception, None
+            event = cpu.inject_exception(vector, code)
+        elif vcpu.interrupt is not None and cpu.interruptible:
+            vector, vcpu.interrupt = vcpu.interrupt, None
+            event = cpu.inject_interrupt(vector)
+        elif vcpu.nmi_pending and not (vcpu.nmi_masked or cpu.nmi_blocked):
+            vcpu.nmi_pending -= 1
+            # A plain CPU sees IRET itself; an SNP guest says when it is done.
+            vcpu.nmi_masked = vcpu.sev_es is not None
+            event = cpu.inject_nmi()
+        elif vcpu.apic.has_interrupt() and cpu.interruptible:
+            event = cpu.inject_interrupt(vcpu.apic.accept_interrupt())
+        wanted = bool(vcpu.run.request_interrupt_window and not vcpu.vm.irq.in_kernel)
+        waiting = vcpu.interrupt is not None or vcpu.apic.has_interrupt()
+        cpu.want_window = not cpu.interruptible and (wanted or waiting)
+        return event
+
+    # Exits
+
+    def _handle(self, event: Event) -> int:
+        """svm_handle_exit()."""
+        return self._handlers[type(event)](event)
+
+    def _nothing(self, _event: object) -> int:
+        return 1
+
+    def _pause(self, _event: object) -> int:
+        """kvm_vcpu_on_spin(): let the others go on."""
+        self.vcpu.vm.scheduler.give_up_turn(self.vcpu.seat)
+        return 1
+
+    def _fail_entry(self, _event: object) -> int:
+        exits.fail_entry(self.vcpu.run)
+        return 0
+
+    def _nested_fault(self, event: NestedFault) -> int:
+        """npf_interception()."""
+        vm = self.vcpu.vm
+        if event.reason is FaultReason.VMPL and vm.host.profile.vmpls > 1:
+            # KVM, which knows no other VMPL than 0, would let the guest try for ever.
+            raise MemoryFault(event.gpa & -PAGE_SIZE, event.private)
+        there = vm.memory.handle_fault(event.gpa, event.private)
+        # A guest with encrypted state is resumed in any case (svm_check_emulate_instruction).
+        if not there and self.vcpu.sev_es is None:
+            fetch = _FAULT_FETCH if event.access is Access.FETCH else 0
+            exits.emulation_failure(self.vcpu.run, _EXIT_NPF, _FAULT_USER | fetch, event.gpa)
+            return 0
+        if event.reason is FaultReason.ABSENT:
+            vm.memory_changed()
+        return 1
+
+    def _shutdown(self, _event: object) -> int:
+        """shutdown_interception(): a plain vCPU gets an INIT; encrypted state stays as it is."""
+        if self.vcpu.sev_es is None:
+            self.vcpu.reset()
+        self.vcpu.run.exit_reason = lib.KVM_EXIT_SHUTDOWN
+        return 0
+
+    def halt(self, state: int, reason: int) -> int:
+        """__kvm_emulate_halt(): wait in the kernel if the APIC is there, else exit."""
+        vcpu = self.vcpu
+        if not vcpu.vm.irq.in_kernel:
+            vcpu.run.exit_reason = reason
+            return 0
+        if not vcpu.has_events():
+            vcpu.mp_state = state
+        return 1
+
+    # post_kvm_run_save()
+
+    def _look(self, cpu: SoftCpu) -> None:
+        """Note what user space will want to know; the engine may be another vCPU's then."""
+        self._interrupt_flag = bool(cpu.read("rflags") & _IF)
+        self._interruptible = cpu.interruptible
+        self.vcpu.state.cr8 = cpu.read("cr8") & 0xF
+
+    def _after_run(self) -> None:
+        vcpu, run = self.vcpu, self.vcpu.run
+        if not self._loaded and not vcpu.protected:
+            self._interrupt_flag = bool(vcpu.state.vmcb["rflags"] & _IF)
+            self._interruptible = self._interrupt_flag
+        run.if_flag = self._interrupt_flag
+        run.cr8 = vcpu.state.cr8
+        run.apic_base = vcpu.state.apic_base
+        run.ready_for_interrupt_injection = vcpu.vm.irq.pic or self._ready()
+
+    def _ready(self) -> bool:
+        """kvm_vcpu_ready_for_interrupt_injection()."""
+        pending = self.vcpu.interrupt is not None or self.exception is not None
+        return self._interruptible and not pending
+
+    def _window_is_open(self) -> bool:
+        wanted = self.vcpu.run.request_interrupt_window and not self.vcpu.vm.irq.pic
+        return bool(wanted) and self._ready()

@@ -103,7 +103,7 @@ class VcpuRun:
         if not vm.irq.in_kernel:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)
-            vcpu.state.cr8 = run.cr8
+            vcpu.cr8 = run.cr8
         complete, self.complete = self.complete, None
         if complete is not None and not complete():
             return False
@@ -156,9 +156,10 @@ class VcpuRun:
         with vm.host.gate.running():
             vm.running = vcpu
             vm.flush_if_changed()
-            event = cpu.run(ticks)
+            event = cpu.run(min(ticks, self._ticks_to_timer()))
         spent = cpu.ticks - before + (0 if isinstance(event, Budget) else _EXIT_TICKS)
         with vm.host.lock:
+            self._take_priority(cpu)
             done = self._handle(event)
             self._look(cpu)
         vm.scheduler.spend(vcpu.seat, spent, keep=not done)
@@ -193,6 +194,7 @@ class VcpuRun:
         event = self._inject()
         if event is not None:
             return self._handle(event)
+        self._set_priority(self.live_cpu)
         if vcpu.sev_es is not None:
             vcpu.sev_es.unmap_ghcb()
         return None
@@ -254,6 +256,28 @@ class VcpuRun:
         cpu.want_window = not cpu.interruptible and (wanted or waiting)
         return event
 
+    def _set_priority(self, cpu: SoftCpu) -> None:
+        """sync_lapic_to_cr8(), update_cr8_intercept()."""
+        apic = self.vcpu.apic
+        cpu.write("cr8", self.vcpu.cr8)
+        cpu.stop_at_cr8 = apic.blocked_by_priority()
+
+    def _take_priority(self, cpu: SoftCpu) -> None:
+        """sync_cr8_to_lapic()."""
+        self.vcpu.cr8 = cpu.read("cr8") & 0xF
+
+    def _ticks_to_timer(self) -> int:
+        """How long the guest may run before its APIC's timer wants it to stop."""
+        at, now = self.vcpu.apic.wakes_at(), self.vcpu.vm.clock
+        return _RUN_TICKS if at is None or at <= now else min(at - now, _RUN_TICKS)
+
+    @property
+    def takes_interrupts(self) -> bool:
+        """kvm_arch_interrupt_allowed(), as it was when the guest stopped. No locks."""
+        if self._loaded or self.vcpu.protected:
+            return self._interruptible
+        return bool(self.vcpu.state.vmcb["rflags"] & _IF)
+
     # Exits
 
     def _handle(self, event: Event) -> int:
@@ -298,6 +322,7 @@ class VcpuRun:
         if not vcpu.vm.irq.in_kernel:
             vcpu.run.exit_reason = reason
             return 0
+        self._look(self.live_cpu)
         if not vcpu.has_events():
             vcpu.mp_state = state
         return 1
@@ -308,7 +333,6 @@ class VcpuRun:
         """Note what user space will want to know; the engine may be another vCPU's then."""
         self._interrupt_flag = bool(cpu.read("rflags") & _IF)
         self._interruptible = cpu.interruptible
-        self.vcpu.state.cr8 = cpu.read("cr8") & 0xF
 
     def _after_run(self) -> None:
         vcpu, run = self.vcpu, self.vcpu.run
@@ -316,7 +340,7 @@ class VcpuRun:
             self._interrupt_flag = bool(vcpu.state.vmcb["rflags"] & _IF)
             self._interruptible = self._interrupt_flag
         run.if_flag = self._interrupt_flag
-        run.cr8 = vcpu.state.cr8
+        run.cr8 = vcpu.cr8
         run.apic_base = vcpu.state.apic_base
         run.ready_for_interrupt_injection = vcpu.vm.irq.pic or self._ready()
 

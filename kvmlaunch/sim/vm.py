@@ -51,7 +51,7 @@ class Vm:
         self.attributes = Attributes(self)
         self.sev = SevVm(self)
         self.memory = VmMemory(self)
-        self.scheduler = Scheduler(host.seed)
+        self.scheduler = Scheduler(host.seed, self.skip_idle_time)
         self._machine: Machine | None = None
         self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
         self._references = 0
@@ -123,6 +123,20 @@ class Vm:
         with self.host.lock:
             assert self.running is not None
             return intercepts.cpuid(self.running, function, index)
+
+    @property
+    def clock(self) -> int:
+        """Time in ticks: the TSC of every vCPU."""
+        return 0 if self._machine is None else self._machine.ticks
+
+    def skip_idle_time(self) -> bool:
+        """Every vCPU waits: the clock goes on to the next timer. False if none is set."""
+        timers = (vcpu.apic.wakes_at() for vcpu in self.vcpus if vcpu.running.takes_interrupts)
+        times = [time for time in timers if time is not None and time > self.clock]
+        if self._machine is None or not times:
+            return False
+        self._machine.ticks = min(times)
+        return True
 
     def get(self) -> None:
         """Take a reference."""

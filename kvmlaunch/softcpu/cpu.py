@@ -143,7 +143,7 @@ class SoftCpu:
         raise KeyError(name)
 
     def write(self, name: str, value: int) -> None:
-        """Change a general register, rip, rflags or cr2 (others: `save`, change and `load`).
+        """Change a general register, rip, rflags, cr2 or cr8 (others: `save`, change, `load`).
 
         Raises:
             KeyError: no such register, or not one of these.
@@ -157,6 +157,8 @@ class SoftCpu:
             state.rflags = value
         elif name == "cr2":
             state.cr[2] = value
+        elif name == "cr8":
+            self._exits.cr8 = value
         else:
             raise KeyError(name)
 
@@ -295,6 +297,15 @@ class SoftCpu:
         state = self._core.state
         blocked = self._pending is not None or self._mmio is not None or state.shadow
         return bool(state.rflags & _IF) and not blocked
+
+    @property
+    def stop_at_cr8(self) -> bool:
+        """Stop with `InterruptWindow` when the guest has written to CR8."""
+        return self._exits.stop_at_cr8
+
+    @stop_at_cr8.setter
+    def stop_at_cr8(self, value: bool) -> None:
+        self._exits.stop_at_cr8 = value
 
     @property
     def nmi_blocked(self) -> bool:

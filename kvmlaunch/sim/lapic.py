@@ -168,8 +168,10 @@ class LocalApic:
         return True
 
     def poll(self) -> None:
-        """kvm_inject_apic_timer_irqs(): take note of a timer that has expired."""
-        if self.timer.expire():
+        """kvm_inject_pending_timer_irqs(): an expired timer waits until its entry isn't masked."""
+        self.timer.expire()
+        if self.timer.pending and self._timer_is_on():
+            self.timer.pending = False
             self._deliver_local(_LVTT)
 
     # -- CR8
@@ -181,9 +183,8 @@ class LocalApic:
 
     @cr8.setter
     def cr8(self, value: int) -> None:
-        if value != self.cr8:
-            self[_TPR] = value << 4
-            self._update_ppr()
+        self[_TPR] = value << 4
+        self._update_ppr()
 
     # -- access by the guest
 
@@ -357,6 +358,7 @@ class LocalApic:
             for entry in _LVT:
                 self[entry] |= _MASKED
             self._update_mode()
+            self.timer.pending = False
 
     def _send(self, low: int, high: int) -> None:
         """kvm_apic_send_ipi(). There is no delay, so it is never busy."""
@@ -393,9 +395,10 @@ class LocalApic:
 
     def _timer_is_heard(self) -> bool:
         """Whether the timer's interrupt would get through to the vCPU, if that takes any."""
-        entry = self[_LVTT]
-        heard = self.present and self.software_enabled and not entry & _MASKED
-        return heard and entry & 0xF0 > self[_PPR] & 0xF0
+        return self._timer_is_on() and self[_LVTT] & 0xF0 > self[_PPR] & 0xF0
+
+    def _timer_is_on(self) -> bool:
+        return self.present and self.software_enabled and not self[_LVTT] & _MASKED
 
     def _read_deadline(self) -> int:
         deadline = self.timer.deadline if self.timer.mode == TSC_DEADLINE else None
@@ -404,6 +407,7 @@ class LocalApic:
     def _write_deadline(self, value: int) -> bool:
         """Without that mode, or without an APIC, it is dropped."""
         if self.present and self.timer.mode == TSC_DEADLINE:
+            self.timer.stop()
             self.timer.deadline = value or None
         return True
 

@@ -21,18 +21,22 @@ _NS_PER_MS = 1_000_000
 
 
 class Timer:
-    """``deadline`` is when it expires next, None while it is stopped."""
+    """``deadline`` is when it expires next, None while it is stopped.
+
+    ``pending``: it has expired, and its interrupt is still to be delivered.
+    """
 
     def __init__(self, vcpu: Vcpu) -> None:
         self._vcpu = vcpu
         self.mode = ONE_SHOT
         self.divide = 2
         self.deadline: int | None = None
+        self.pending = False
         self._period_ns = 0
 
     def stop(self) -> None:
-        """Forget the deadline."""
-        self.deadline = None
+        """Forget the deadline, and what was to be delivered."""
+        self.deadline, self.pending = None, False
 
     def set_mode(self, mode: int) -> bool:
         """Take the mode of the LVT entry; True where that clears the initial count."""
@@ -41,7 +45,8 @@ class Timer:
         clears = (self.mode == TSC_DEADLINE) != (mode == TSC_DEADLINE)
         self.mode = mode
         if clears:
-            self.deadline, self._period_ns = None, 0
+            self.stop()
+            self._period_ns = 0
         self._limit_period()
         return clears
 
@@ -59,7 +64,7 @@ class Timer:
 
     def start(self, initial: int, current: int | None = None) -> None:
         """Count down from ``initial``; a restored timer has ``current`` left."""
-        self.deadline = None
+        self.stop()
         if self.mode not in (ONE_SHOT, PERIODIC):
             return
         self._period_ns = self._to_ns(initial)
@@ -79,21 +84,21 @@ class Timer:
             return 0
         return self._left_ns() % self._period_ns // (self._cycle_ns * self.divide)
 
-    def expire(self) -> bool:
-        """Whether it has expired since the last call; expiries of the meantime are one."""
+    def expire(self) -> None:
+        """Notice that it has expired; expiries of the meantime are one."""
         if self.deadline is None or self._now() < self.deadline:
-            return False
+            return
         if self.mode == PERIODIC:
             period = self._to_ticks(self._period_ns)
             self.deadline += ((self._now() - self.deadline) // period + 1) * period
         else:
             self.deadline = None
-        return True
+        self.pending = True
 
     @property
     def due(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and self._now() >= self.deadline
+        """Whether an interrupt is to be delivered, noticed or not."""
+        return self.pending or (self.deadline is not None and self._now() >= self.deadline)
 
     @property
     def _cycle_ns(self) -> int:

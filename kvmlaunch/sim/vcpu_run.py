@@ -263,8 +263,10 @@ class VcpuRun:
         cpu.stop_at_cr8 = apic.blocked_by_priority()
 
     def _take_priority(self, cpu: SoftCpu) -> None:
-        """sync_cr8_to_lapic()."""
-        self.vcpu.cr8 = cpu.read("cr8") & 0xF
+        """sync_cr8_to_lapic(): the priority's lower half is lost, unless CR8 is intercepted."""
+        value = cpu.read("cr8") & 0xF
+        if not cpu.stop_at_cr8 or value != self.vcpu.cr8:
+            self.vcpu.cr8 = value
 
     def _ticks_to_timer(self) -> int:
         """How long the guest may run before its APIC's timer wants it to stop."""

@@ -36,8 +36,11 @@ struct kl_result kl_discard(uint64_t addr, uint64_t length);
 struct kl_result kl_peek(uint64_t addr, void *to, uint64_t length);
 struct kl_result kl_poke(uint64_t addr, const void *from, uint64_t length);
 
-/* Install the empty handler of the kick signal, once; returns the signal's number. */
+/* Install the handler of the kick signal, once; returns the signal's number. */
 int kl_kick_signal(void);
+
+/* Whether this thread was kicked since it asked last: for a KVM_RUN that is no system call. */
+int kl_take_kick(void);
 
 /* A 16550 without input and without interrupts. */
 struct kl_uart {
@@ -52,9 +55,14 @@ void kl_uart_out(struct kl_uart *uart, uint16_t port, uint8_t value);
 uint8_t kl_uart_in(struct kl_uart *uart, uint16_t port);
 
 /*
+ * Does the access of an exit if it is the console's: -1 if it isn't, 1 when text
+ * should be shown now (a line is complete or the buffer is nearly full), else 0.
+ */
+int kl_console(struct kvm_run *run, struct kl_uart *uart);
+
+/*
  * KVM_RUN until an exit needs Python. handled is 1 when the loop only stopped
- * to hand over console text (a line is complete or the buffer is nearly full):
- * then the exit itself has been dealt with. EINTR is returned, not hidden.
+ * to hand over console text: then the exit itself has been dealt with. EINTR is returned, not hidden.
  */
 struct kl_exit {
 	int64_t ret;

@@ -58,12 +58,13 @@ static int is_console(const struct kvm_run *run, const struct kl_uart *uart)
 	       run->io.port >= uart->base && run->io.port < uart->base + 8;
 }
 
-/* Returns 1 when the text should be shown now. */
-static int do_console(struct kvm_run *run, struct kl_uart *uart)
+int kl_console(struct kvm_run *run, struct kl_uart *uart)
 {
 	uint8_t *data = (uint8_t *)run + run->io.data_offset;
 	int line = 0;
 
+	if (!is_console(run, uart))
+		return -1;
 	for (uint32_t i = 0; i < run->io.count; i++) {
 		if (run->io.direction == KVM_EXIT_IO_OUT) {
 			kl_uart_out(uart, run->io.port, data[i]);
@@ -80,16 +81,17 @@ struct kl_exit kl_run(int fd, struct kvm_run *run, struct kl_uart *uart)
 	struct kl_exit out = { 0 };
 
 	for (;;) {
+		int shown;
+
 		out.ret = ioctl(fd, KVM_RUN, 0);
 		out.runs++;
 		if (out.ret == -1) {
 			out.err = errno;
 			return out;
 		}
-		if (!uart || !is_console(run, uart))
-			return out;
-		if (do_console(run, uart)) {
-			out.handled = 1;
+		shown = uart ? kl_console(run, uart) : -1;
+		if (shown) {
+			out.handled = shown == 1;
 			return out;
 		}
 	}

@@ -79,9 +79,20 @@ struct kl_result kl_poke(uint64_t addr, const void *from, uint64_t length)
 	return whole(process_vm_writev(getpid(), &local, 1, &remote, 1, 0), length);
 }
 
+static __thread volatile sig_atomic_t kicked;
+
 static void on_kick(int signo)
 {
 	(void)signo;
+	kicked = 1;
+}
+
+int kl_take_kick(void)
+{
+	int taken = kicked;
+
+	kicked = 0;
+	return taken;
 }
 
 static void install_kick(void)

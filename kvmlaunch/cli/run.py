@@ -44,7 +44,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--sim",
         metavar="PROFILE[,KEY=VALUE...]",
         default="6.12",
-        help="what to simulate: kernel 6.12, 6.18 or 7.0 (default 6.12), seed=N for the order in "
+        help="what to simulate: kernel 6.12, 6.18, 7.0, or multi-vmpl for one that runs "
+        "all VMPLs (default 6.12), seed=N for the order in "
         "which vCPUs run (default 0), product=Milan, Genoa or Turin (default Milan)",
     )
     group.add_argument(

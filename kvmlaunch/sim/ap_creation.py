@@ -18,7 +18,7 @@ _INJECTION_MODES = 1 << 3 | 1 << 4  # SEV_FEATURES: restricted and alternate inj
 
 
 def create(vcpu: Vcpu, ghcb: Ghcb) -> int:
-    """The AP_CREATION event. The request word has the VMPL, so only VMPL0 is known."""
+    """The AP_CREATION event. KVM knows VMPL0 only: the VMPL is part of the request word."""
     if not _request(vcpu, ghcb):
         ghcb.refuse(GhcbError.INVALID_INPUT)
     return 1
@@ -27,6 +27,9 @@ def create(vcpu: Vcpu, ghcb: Ghcb) -> int:
 def _request(vcpu: Vcpu, ghcb: Ghcb) -> bool:
     vm = vcpu.vm
     request, apic_id = ghcb.info_1 & 0xFFFFFFFF, ghcb.info_1 >> 32
+    vmpl = request >> 16 & 0xF
+    if vmpl < vm.host.profile.vmpls:
+        request &= ~(0xF << 16)
     target = next((other for other in vm.vcpus if other.id == apic_id), None)
     if target is None:
         return False
@@ -44,6 +47,9 @@ def _request(vcpu: Vcpu, ghcb: Ghcb) -> bool:
         return False
     state = target.sev_es
     assert state is not None
+    if vmpl:
+        state.set_vmpl(vmpl, None if request == ApRequest.DESTROY else gpa)
+        return True
     state.pending_vmsa_gpa = None if request == ApRequest.DESTROY else gpa
     state.waiting_for_reset = True
     if request != ApRequest.CREATE_ON_INIT:

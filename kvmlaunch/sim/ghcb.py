@@ -198,13 +198,15 @@ class ScratchArea:
             _write(self._memory, self._gpa, bytes(self._copy))
 
 
-def refused(ghcb: Ghcb) -> GhcbError | None:
+def refused(ghcb: Ghcb, *, multi_vmpl: bool = False) -> GhcbError | None:
     """sev_es_validate_vmgexit(): why KVM refuses the event, before it looks at it."""
     if ghcb.usage:
         return GhcbError.INVALID_USAGE
     if not all(map(ghcb.is_valid, ("exit_code", "exit_info_1", "exit_info_2"))):
         return GhcbError.MISSING_INPUT
     required = _REQUIRED.get(ghcb.exit_code)
+    if multi_vmpl and ghcb.exit_code == GhcbExit.RUN_VMPL:
+        required = ()
     if required is None:
         return GhcbError.INVALID_EVENT
     if not all(map(ghcb.is_valid, (*required, *_also_required(ghcb)))):

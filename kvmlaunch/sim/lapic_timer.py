@@ -105,7 +105,7 @@ class Timer:
         return self._vcpu.vm.irq.bus_cycle_ns
 
     def _now(self) -> int:
-        return self._vcpu.vm.clock
+        return self._vcpu.vm.guest_ticks
 
     def _to_ns(self, count: int) -> int:
         return count * self._cycle_ns * self.divide

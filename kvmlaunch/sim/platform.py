@@ -157,9 +157,14 @@ class SimPlatform:
         return self._call(lambda: self._host.fds.get(fd).fallocate(mode, offset, length))
 
     def run(self, fd: int, run: Any, uart: Any) -> RunResult:
-        """KVM_RUN, once: no exit is handled here yet."""
-        result = self.ioctl(fd, lib.KVM_RUN, 0)
-        return RunResult(result.ret, result.errno, False, 1)
+        """KVM_RUN until an exit needs Python, as kl_run() of csrc/run.c."""
+        runs = 0
+        while True:
+            result = self.ioctl(fd, lib.KVM_RUN, 0)
+            runs += 1
+            console = lib.kl_console(run, uart) if uart and result.ret == 0 else -1
+            if console:
+                return RunResult(result.ret, result.errno, console == 1, runs)
 
     def launch_digest(self, vm_fd: int) -> bytes | None:
         """What firmware has measured of this VM so far; None before SNP_LAUNCH_START.

@@ -64,6 +64,7 @@ class KernelProfile:
         hypercall_ret_cleared: KVM presets hypercall.ret before a page state change exits.
         ap_create_exact_features: AP creation wants SEV_FEATURES as in INIT2, not only the same
             injection modes.
+        vmpls: how many VMPLs a vCPU can run at; mainline has VMPL0 only.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
     """
 
@@ -88,6 +89,7 @@ class KernelProfile:
     req_certs: bool
     hypercall_ret_cleared: bool
     ap_create_exact_features: bool
+    vmpls: int
     quirks: int
 
     def __str__(self) -> str:
@@ -116,6 +118,7 @@ _6_12 = KernelProfile(
     req_certs=False,
     hypercall_ret_cleared=False,
     ap_create_exact_features=False,
+    vmpls=1,
     quirks=_QUIRKS_6_12,
 )
 
@@ -150,8 +153,10 @@ _7_0 = replace(
     req_certs=True,
 )
 
+_MULTI_VMPL = replace(_7_0, name="multi-vmpl", release="7.0, and VMPLs as 56421 has them", vmpls=4)
+
 KERNEL_PROFILES: Mapping[str, KernelProfile] = MappingProxyType(
-    {profile.name: profile for profile in (_6_12, _6_18, _7_0)}
+    {profile.name: profile for profile in (_6_12, _6_18, _7_0, _MULTI_VMPL)}
 )
 """Every kernel profile by name."""
 

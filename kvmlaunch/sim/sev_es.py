@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmlaunch.abi.ghcb import MsrRequest
 from kvmlaunch.abi.page import PAGE_SIZE
@@ -30,13 +30,22 @@ class Hold(enum.Enum):
     EVENT = "GHCB event"
 
 
+class _Vmpl(NamedTuple):
+    """A VMPL of a vCPU that isn't the one that runs."""
+
+    has_guest_vmsa: bool
+    guest_vmsa_gpa: int | None
+    ghcb_msr: int
+    registered_gpa: int | None
+
+
 class SevEsState:
     """GHCB, VMSA and reset hold of one vCPU.
 
     Attributes: ``ghcb`` and ``scratch`` between a VMGEXIT and the next entry;
     ``registered_gpa`` of the GHCB; ``hold``; ``guest_vmsa_gpa``, the guest's own VMSA page once
     AP creation gave one; ``pending_vmsa_gpa`` for the next INIT where ``waiting_for_reset``, None
-    for no VMSA.
+    for no VMSA; ``vmpl`` that runs, where the host has several.
     """
 
     def __init__(self, vcpu: Vcpu) -> None:
@@ -51,6 +60,8 @@ class SevEsState:
         self.has_guest_vmsa = False
         self.guest_vmsa_gpa: int | None = None
         self._loaded_spa: int | None = None
+        self.vmpl = 0
+        self._vmpls: dict[int, _Vmpl] = {}
 
     @property
     def reset_msr(self) -> int:
@@ -97,6 +108,27 @@ class SevEsState:
         if gpa is not None:
             # Also where it can't be had, so that KVM_RUN fails instead of waiting.
             vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
+
+    def set_vmpl(self, vmpl: int, gpa: int | None) -> None:
+        """AP creation at another VMPL: its VMSA, which waits until it is asked for; or none."""
+        self._vmpls.pop(vmpl, None)
+        if gpa is not None:
+            self._vmpls[vmpl] = _Vmpl(True, gpa, self.reset_msr, None)
+
+    def run_vmpl(self, vmpl: int) -> bool:
+        """Go on at another VMPL, with the GHCB MSR that it has; False where it has no VMSA."""
+        if vmpl == self.vmpl:
+            return True
+        if vmpl not in self._vmpls:
+            return False
+        cpu = self._vcpu.running.live_cpu
+        here = _Vmpl(self.has_guest_vmsa, self.guest_vmsa_gpa, cpu.ghcb, self.registered_gpa)
+        self._write_back()
+        self._vcpu.running.unload()
+        self._vmpls[self.vmpl], self.vmpl = here, vmpl
+        self.has_guest_vmsa, self.guest_vmsa_gpa, msr, self.registered_gpa = self._vmpls.pop(vmpl)
+        self.set_msr(msr)
+        return True
 
     def vmsa(self) -> Vmsa | None:
         """The VMSA that VMRUN loads; None where the processor doesn't take it."""

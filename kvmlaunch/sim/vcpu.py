@@ -40,6 +40,7 @@ class Vcpu:
             host.xsave_components,
             host.guest_limits,
             bsp=bsp,
+            clear_cd_nw=not vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED,
             sregs_check_efer=host.profile.sregs_check_efer,
         )
         self.events = ffi.new("struct kvm_vcpu_events *")
@@ -91,8 +92,11 @@ class Vcpu:
         return self.mp_state == lib.KVM_MP_STATE_RUNNABLE or self.has_events()
 
     def interrupted(self) -> bool:
-        """Whether its thread was told to leave KVM_RUN; a signal alone isn't seen here."""
-        return bool(self.run.immediate_exit)
+        """Whether its thread, which asks, was told to leave KVM_RUN.
+
+        Of the signals that would end a system call only the launcher's kick is seen.
+        """
+        return bool(self.run.immediate_exit or lib.kl_take_kick())
 
     def accept_events(self) -> None:
         """kvm_apic_accept_events(): INIT, then SIPI."""
@@ -142,7 +146,7 @@ class Vcpu:
 
     def guest_tsc(self) -> int:
         """The TSC, which counts what the guest has executed, not the time of the host."""
-        return self.vm.clock
+        return self.vm.guest_ticks
 
     def pull_state(self) -> None:
         """Bring the registers of a plain guest from the CPU to where the ioctls find them."""

@@ -79,6 +79,7 @@ class VcpuRun:
     def run(self) -> int:
         """One KVM_RUN, by the vCPU's own thread, which doesn't hold the host's lock."""
         vcpu, vm = self.vcpu, self.vcpu.vm
+        lib.kl_take_kick()  # a signal before the call ends nothing
         vm.scheduler.enter(vcpu.seat)
         try:
             # Completing an exit touches the CPU, and it may be another vCPU's turn.
@@ -258,9 +259,11 @@ class VcpuRun:
 
     def _set_priority(self, cpu: SoftCpu) -> None:
         """sync_lapic_to_cr8(), update_cr8_intercept()."""
-        apic = self.vcpu.apic
-        cpu.write("cr8", self.vcpu.cr8)
-        cpu.stop_at_cr8 = apic.blocked_by_priority()
+        vcpu = self.vcpu
+        # Without an APIC here, the priority of a guest with encrypted state is its own.
+        if vcpu.vm.irq.in_kernel or vcpu.sev_es is None:
+            cpu.write("cr8", vcpu.cr8)
+        cpu.stop_at_cr8 = vcpu.apic.blocked_by_priority()
 
     def _take_priority(self, cpu: SoftCpu) -> None:
         """sync_cr8_to_lapic(): the priority's lower half is lost, unless CR8 is intercepted."""
@@ -270,7 +273,7 @@ class VcpuRun:
 
     def _ticks_to_timer(self) -> int:
         """How long the guest may run before its APIC's timer wants it to stop."""
-        at, now = self.vcpu.apic.wakes_at(), self.vcpu.vm.clock
+        at, now = self.vcpu.apic.wakes_at(), self.vcpu.vm.guest_ticks
         return _RUN_TICKS if at is None or at <= now else min(at - now, _RUN_TICKS)
 
     @property
@@ -301,6 +304,9 @@ class VcpuRun:
     def _nested_fault(self, event: NestedFault) -> int:
         """npf_interception()."""
         vm = self.vcpu.vm
+        if event.reason is FaultReason.VMPL and vm.host.profile.vmpls > 1:
+            # KVM, which knows no other VMPL than 0, would let the guest try for ever.
+            raise MemoryFault(event.gpa & -PAGE_SIZE, event.private)
         there = vm.memory.handle_fault(event.gpa, event.private)
         # A guest with encrypted state is resumed in any case (svm_check_emulate_instruction).
         if not there and self.vcpu.sev_es is None:

@@ -43,6 +43,7 @@ class VcpuState:
         host: GuestLimits,
         *,
         bsp: bool,
+        clear_cd_nw: bool = True,
         sregs_check_efer: bool = True,
     ) -> None:
         self.vmcb = Vmcb()
@@ -50,7 +51,7 @@ class VcpuState:
         self.regs = dict.fromkeys(GENERAL, 0)
         self.regs["rdx"] = _RESET_RDX
         self.regs["rip"] = 0xFFF0
-        self.clear_cd_nw = True
+        self.clear_cd_nw = clear_cd_nw
         self.cr0 = self.cr2 = self.cr3 = self.cr4 = self.cr8 = self.efer = 0
         self.apic_base = _APIC_DEFAULT | _APIC_ENABLE | (_APIC_BSP if bsp else 0)
         self.xcr0, self.xss = 1, 0

@@ -118,21 +118,21 @@ class Vm:
             self._machine = self.host.machine(self.memory, options)
         return self._machine
 
+    @property
+    def guest_ticks(self) -> int:
+        """What all vCPUs have executed, and the time when all waited: the TSC."""
+        return 0 if self._machine is None else self._machine.ticks
+
     def _running_cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
         """CPUID of a plain guest, asked by the one CPU that runs."""
         with self.host.lock:
             assert self.running is not None
             return intercepts.cpuid(self.running, function, index)
 
-    @property
-    def clock(self) -> int:
-        """Time in ticks: the TSC of every vCPU."""
-        return 0 if self._machine is None else self._machine.ticks
-
     def skip_idle_time(self) -> bool:
         """Every vCPU waits: the clock goes on to the next timer. False if none is set."""
         timers = (vcpu.apic.wakes_at() for vcpu in self.vcpus if vcpu.running.takes_interrupts)
-        times = [time for time in timers if time is not None and time > self.clock]
+        times = [time for time in timers if time is not None and time > self.guest_ticks]
         if self._machine is None or not times:
             return False
         self._machine.ticks = min(times)
@@ -296,8 +296,10 @@ class VmFile(File):
         return self.vm.tsc_khz
 
     def _get_clock(self, arg: int) -> int:
-        """A clock that stands still: there is no guest time yet."""
-        copy_out(self._user, arg, ffi.new("struct kvm_clock_data *"))
+        """The guest's time, in nanoseconds: it goes on only while guest code runs."""
+        clock = ffi.new("struct kvm_clock_data *")
+        clock.clock = self.vm.guest_ticks * 1_000_000 // self.vm.tsc_khz
+        copy_out(self._user, arg, clock)
         return 0
 
     def _set_clock(self, arg: int) -> int:

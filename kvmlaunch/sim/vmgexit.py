@@ -18,14 +18,16 @@ from kvmlaunch.uapi import lib
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
 
-__all__ = ["HV_FEATURES", "handle"]
+__all__ = ["HV_FEATURES", "HV_FEATURE_MULTI_VMPL", "handle"]
 
 HV_FEATURES = 0x3
 """GHCB_HV_FT_SUPPORTED: SNP and AP creation."""
+HV_FEATURE_MULTI_VMPL = 1 << 5
+"""What a host with several VMPLs has besides."""
 
 _INFO = 0xFFF
 _NO_PREFERRED_GFN = (1 << 52) - 1
-_PSC_ERROR = 1 << 32
+_ERROR = 1 << 32
 _CPUID_REGISTERS = ("rax", "rbx", "rcx", "rdx")
 _GET_TABLE, _SET_TABLE = 1, 0
 
@@ -46,7 +48,7 @@ def handle(vcpu: Vcpu, value: int) -> int:
         vcpu.state.xcr0 = ghcb.xcr0
     if state.registered_gpa != value:
         refuse(errno.EINVAL)
-    error = refused(ghcb)
+    error = refused(ghcb, multi_vmpl=vcpu.vm.host.profile.vmpls > 1)
     if error is not None:
         return ghcb.refuse(error)
     ghcb.put("exit_info_1", 0)
@@ -79,7 +81,7 @@ def _msr_protocol(vcpu: Vcpu, state: SevEsState, value: int) -> int:
         state.set_msr(MsrRequest.AP_RESET_HOLD + 1)
         return done
     elif request == MsrRequest.HV_FEATURES:
-        state.set_msr(HV_FEATURES << 12 | MsrRequest.HV_FEATURES + 1)
+        state.set_msr(_features(vcpu) << 12 | MsrRequest.HV_FEATURES + 1)
     elif request == MsrRequest.PREFERRED_GPA:
         state.set_msr(_NO_PREFERRED_GFN << 12 | MsrRequest.PREFERRED_GPA + 1)
     elif request == MsrRequest.REGISTER_GPA:
@@ -87,6 +89,10 @@ def _msr_protocol(vcpu: Vcpu, state: SevEsState, value: int) -> int:
         state.set_msr(data << 12 | MsrRequest.REGISTER_GPA + 1)
     elif request == MsrRequest.PSC:
         return _psc_msr(vcpu, state, value)
+    elif request == MsrRequest.RUN_VMPL and vcpu.vm.host.profile.vmpls > 1:
+        state.set_msr(MsrRequest.RUN_VMPL + 1)
+        if not state.run_vmpl(value >> 32 & 0xFF):
+            state.set_msr(_ERROR | MsrRequest.RUN_VMPL + 1)
     elif request == MsrRequest.TERMINATE:
         exits.sev_term(vcpu.run, value)
         return 0
@@ -99,14 +105,14 @@ def _psc_msr(vcpu: Vcpu, state: SevEsState, value: int) -> int:
     answer = MsrRequest.PSC + 1
     possible = operation in (PageOperation.PRIVATE, PageOperation.SHARED)
     if not possible or not psc.is_exit_enabled(vcpu.vm):
-        state.set_msr(_PSC_ERROR | answer)
+        state.set_msr(_ERROR | answer)
         return 1
     attributes = lib.KVM_MAP_GPA_RANGE_PAGE_SZ_4K | psc.attribute(operation)
     clear = vcpu.vm.host.profile.hypercall_ret_cleared
     exits.hypercall(vcpu.run, (gfn * PAGE_SIZE, 1, attributes), flags=None, clear_ret=clear)
 
     def complete() -> int:
-        state.set_msr(answer | (_PSC_ERROR if vcpu.run.hypercall.ret else 0))
+        state.set_msr(answer | (_ERROR if vcpu.run.hypercall.ret else 0))
         return 1
 
     vcpu.running.complete = complete
@@ -142,7 +148,17 @@ def _ap_jump_table(vcpu: Vcpu, ghcb: Ghcb) -> int:
 
 
 def _hv_features(vcpu: Vcpu, ghcb: Ghcb) -> int:
-    ghcb.put("exit_info_2", HV_FEATURES)
+    ghcb.put("exit_info_2", _features(vcpu))
+    return 1
+
+
+def _features(vcpu: Vcpu) -> int:
+    return HV_FEATURES | (HV_FEATURE_MULTI_VMPL if vcpu.vm.host.profile.vmpls > 1 else 0)
+
+
+def _run_vmpl(vcpu: Vcpu, ghcb: Ghcb) -> int:
+    if not _state(vcpu).run_vmpl(ghcb.info_1):
+        ghcb.refuse(GhcbError.INVALID_INPUT)
     return 1
 
 
@@ -170,6 +186,7 @@ _EVENTS: Mapping[int, Callable[[Vcpu, Ghcb], int]] = MappingProxyType(
         GhcbExit.GUEST_REQUEST: ghcb_requests.request,
         GhcbExit.EXT_GUEST_REQUEST: ghcb_requests.extended_request,
         GhcbExit.UNSUPPORTED: _unsupported,
+        GhcbExit.RUN_VMPL: _run_vmpl,
         GhcbExit.IOIO: _ioio,
     }
 )

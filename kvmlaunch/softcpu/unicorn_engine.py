@@ -172,11 +172,12 @@ class UnicornEngine:
         self._exact = True
         """Whether unicorn's own state is that of the CPU which runs."""
         self._code_pages: dict[int, int] = {}
-        """Linear page -> host page, of what can be fetched."""
+        """Linear page -> host page, of what was fetched lately."""
         self._code_hosts: set[int] = set()
         """Host pages that hold translated code."""
         self._io_hooks: dict[int, ctypes.c_size_t] = {}
         self._new_io: list[tuple[int, int, list[int]]] = []
+        self._stale = False
         self._skip = -1
         self.ticks_left = 0
         self.fault_address = 0
@@ -225,10 +226,14 @@ class UnicornEngine:
             if self._error is not None:
                 error, self._error = self._error, None
                 raise error
-            if self._new_io:
+            if self._stale:
+                self._stale = False
+                self.flush_tlb()
+                self.flush_code()
+            elif self._new_io:
                 self._hook_io()
-                continue
-            break
+            else:
+                break
         self._skip = -1
         self.ticks_left = run.ticks_left
         event = int(run.event)
@@ -289,7 +294,7 @@ class UnicornEngine:
             found.rights = granted & _PAGE
             if granted & FETCH:
                 if len(self._code_pages) >= _MAX_CODE_PAGES:
-                    self.flush_tlb()
+                    self._code_pages.clear()
                 self._code_pages[page] = granted & ~_PAGE
         except BaseException as error:
             self._error = error
@@ -298,14 +303,17 @@ class UnicornEngine:
 
     def _on_new_block(self, _uc: int, block: Any, _previous: Any, _data: int) -> None:
         try:
-            found = block.contents
-            address, size = found.address, found.size
-            code = self._code(address, size)
-            if not _IO_OPCODE.search(code):
-                return
-            state = self._state
+            found, state = block.contents, self._state
             assert state is not None
             _lib.uc_context_save(self._handle, self._contexts[id(state)])
+            address, size = found.address, found.size
+            code = self._code(address, size)
+            if code is None:  # translated by an old page table entry: don't run that
+                self._stale = True
+                _lib.uc_emu_stop(self._handle)
+                return
+            if not _IO_OPCODE.search(code):
+                return
             places = io_instructions(code, state.bits, found.count)
             new = [p for p in places if address + p not in self._io_hooks]
             if new:
@@ -322,14 +330,18 @@ class UnicornEngine:
 
     # -- details
 
-    def _code(self, address: int, size: int) -> bytes:
+    def _code(self, address: int, size: int) -> bytes | None:
+        """Return a block's code, None if it can't be fetched any more."""
         code = b""
         while size > 0:
             page, offset = address & ~_PAGE, address & _PAGE
             part = min(size, _PAGE + 1 - offset)
             host = self._code_pages.get(page)
-            if host is None:
-                break
+            if host is None:  # forgotten
+                assert self._fill is not None
+                host = self._fill.fill(page, FETCH) & ~_PAGE
+                if not host:
+                    return None
             self._code_hosts.add(host)
             code += ctypes.string_at(host + offset, part)
             address, size = address + part & _LINEAR_64, size - part

@@ -280,8 +280,10 @@ def test_fault_for_a_real_host_is_refused(cli: Cli, halt: Path) -> None:
 
 
 def test_profile_that_does_not_exist_is_refused(cli: Cli, halt: Path) -> None:
-    sentence = refused(cli("run", "--platform", "sim", "--sim", "5.15", halt))
-    assert sentence.startswith("no kernel profile is named '5.15'; known are 6.12, 6.18, 7.0")
+    sentence = refused(cli("run", "--platform", "sim", "--sim", "5.15,seed=1", halt))
+    assert sentence.startswith(
+        "no kernel profile is named '5.15'; known are 6.12, 6.18, 7.0, multi-vmpl"
+    )
 
 
 def test_ioctls_without_a_log_are_refused(cli: Cli, halt: Path) -> None:

@@ -27,10 +27,13 @@ class SimHost:
         self.vcpu_ids = caps.MAX_VCPU_ID
         self._log: list[list[Any]] = []
         self._guests: list[Any] = []
+        self._old: list[Any] = []
         self._vmsas: list[str] = []
         self._listen()
 
     def begin(self, orders: Sequence[str]) -> None:
+        # A context that couldn't be decommissioned stays for ever.
+        self._old = list(self._host.processor._contexts.values())
         self._log.clear()
         self._guests.clear()
         self._vmsas.clear()
@@ -55,7 +58,7 @@ class SimHost:
             if name == "SNP_GCTX_CREATE" and not answer:
                 self._vmsas.clear()
             for context in psp.processor._contexts.values():
-                if context not in self._guests:
+                if context not in self._guests and context not in self._old:
                     self._guests.append(context)
             return answer
 

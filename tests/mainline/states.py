@@ -33,7 +33,7 @@ _MODES: dict[str, dict[str, int]] = {
 }
 _VMSA_MSRS = (
     *(0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084, 0xC0000102, 0xC0000100, 0xC0000101),
-    *(0x174, 0x175, 0x176, 0x277, 0xC0000080, 0xDA0),
+    *(0x174, 0x175, 0x176, 0x1D9, 0x277, 0xC0000080, 0xDA0),
 )
 
 
@@ -155,7 +155,7 @@ def _msrs(draw: Draw) -> Made:
     entries = []
     for _ in range(draw(st.integers(1, 3))):
         index = draw(st.sampled_from(_VMSA_MSRS))
-        usual = st.sampled_from([0, 0x1000, 0x0007040600070406, 0x500, 0x1000_0000])
+        usual = st.sampled_from([0, 1, 0x3F, 0x1000, 0x0007040600070406, 0x500, 0x1000_0000])
         entries.append({"index": index, "data": draw(st.one_of(usual, _words))})
     request = draw(st.sampled_from(["KVM_SET_MSRS", "KVM_SET_MSRS", "KVM_GET_MSRS"]))
     return request, {"nmsrs": len(entries)}, {"entries": entries}

@@ -121,6 +121,7 @@ class Rig:
         ghcb_version: int = 0,
         hypercalls: bool = True,
         split: bool = False,
+        req_certs: bool = False,
         **options: Any,
     ) -> None:
         self.machine: Any = None
@@ -133,6 +134,8 @@ class Rig:
         self.guest = Guest(self.platform, init=False)
         guest = self.guest
         guest.ok(guest.init2(ghcb_version=ghcb_version)[0])
+        if req_certs:
+            guest.ok(guest.sev(guest.vm, lib.KVM_SEV_SNP_ENABLE_REQ_CERTS, 0, guest.sev_fd)[0])
         if split:
             cap = struct_("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
             guest.ok(guest.ioctl(guest.vm, lib.KVM_ENABLE_CAP, cap))

@@ -9,7 +9,7 @@ import pytest
 
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.sim.scheduler import GRACE_SECONDS
-from kvmlaunch.softcpu import Halt, VmgExit
+from kvmlaunch.softcpu import Access, FaultReason, Halt, NestedFault, VmgExit
 from kvmlaunch.uapi import ffi, lib
 
 from .driver import PAGE, Guest
@@ -226,3 +226,75 @@ def mp_state(rig, index):
 def set_mp_state(rig, index, value):
     state = ffi.new("struct kvm_mp_state *", [value])
     rig.guest.ok(rig.guest.ioctl(rig.vcpus[index], lib.KVM_SET_MP_STATE, state))
+
+
+# Several VMPLs, which mainline KVM doesn't have
+
+RUN_VMPL = 0x80000018
+
+
+def with_vmpl1(then):
+    """VMPL1 gets a VMSA on the same vCPU, is run, and does ``then``; VMPL0 halts afterwards."""
+
+    def script(cpu):
+        yield from register_ghcb(cpu)
+        make_vmsa(rig, state=STATE.replace(vmpl=1))
+        rig.request(AP_CREATION, 1 << 16 | CREATE, VMSA_GPA, rax=1)
+        cpu.ghcb = GHCB_GPA
+        yield VmgExit(GHCB_GPA)
+        rig.created = rig.error
+        rig.request(RUN_VMPL, 1)
+        yield VmgExit(GHCB_GPA)
+        yield from then(rig, cpu)
+
+    rig = Rig(script, profile="multi-vmpl")
+    return rig
+
+
+def test_vmpl_when_run_has_its_vmsa_and_a_ghcb_msr_of_its_own():
+    def then(rig, cpu):
+        rig.seen = (cpu.vmsa.vmpl, cpu.vmsa.rip, cpu.ghcb & 0xFFF)
+        yield from ()
+
+    rig = with_vmpl1(then)
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
+    assert (rig.created, rig.seen) == ((0, 0), (1, 0x1234, 1))
+
+
+def test_vmpl_when_it_gives_way_lets_the_other_go_on_where_it_was():
+    def then(rig, cpu):
+        cpu.ghcb = 0x016  # RUN_VMPL of the MSR protocol, VMPL0
+        yield VmgExit(cpu.ghcb)
+        rig.seen = (cpu.vmsa.vmpl, cpu.ghcb)
+
+    rig = with_vmpl1(then)
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
+    assert rig.seen == (0, GHCB_GPA)
+
+
+@pytest.mark.parametrize("vmpl", [1, 4, 1 << 40])
+def test_vmpl_without_a_vmsa_is_refused(vmpl):
+    def script(cpu):
+        yield from register_ghcb(cpu)
+        rig.request(RUN_VMPL, vmpl)
+        cpu.ghcb = GHCB_GPA
+        yield VmgExit(GHCB_GPA)
+
+    rig = Rig(script, profile="multi-vmpl")
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
+    assert rig.error == REFUSED
+
+
+def test_page_that_a_vmpl_may_not_use_is_a_memory_fault():
+    def script(cpu):
+        yield NestedFault(VMSA_GPA + 8, Access.WRITE, True, FaultReason.VMPL)
+
+    rig = Rig(script, profile="multi-vmpl")
+    assert rig.enter() == (-1, errno.EFAULT)
+    fault = rig.run.memory_fault
+    assert (rig.run.exit_reason, fault.gpa, fault.size, fault.flags) == (
+        lib.KVM_EXIT_MEMORY_FAULT,
+        VMSA_GPA,
+        PAGE,
+        lib.KVM_MEMORY_EXIT_FLAG_PRIVATE,
+    )

@@ -194,11 +194,21 @@ def test_sregs_field_lands_in_the_page(vm, fields, offset, value):
     assert quad(vm.page(), offset) == value
 
 
-def test_cr0_keeps_cd_and_nw_when_the_quirk_is_off(vm):
+def disable_cd_nw_quirk(vm):
     cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_DISABLE_QUIRKS2)
     cap.args[0] = lib.KVM_X86_QUIRK_CD_NW_CLEARED
     vm.ok(vm.ioctl(vm.vm, lib.KVM_ENABLE_CAP, cap))
+
+
+def test_cr0_keeps_cd_and_nw_when_the_quirk_is_off(vm):
+    disable_cd_nw_quirk(vm)
     vm.change("SREGS")
+    assert quad(vm.page(), 0x158) == 0x60000010
+
+
+def test_cr0_of_a_new_vcpu_keeps_cd_and_nw_when_the_quirk_is_off(vm):
+    disable_cd_nw_quirk(vm)
+    vm.vcpu = vm.add_vcpu(1)
     assert quad(vm.page(), 0x158) == 0x60000010
 
 

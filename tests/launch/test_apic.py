@@ -26,7 +26,12 @@ PRIORITY = "priorities\ntask priority\noff\nNMI\n"
 
 
 def run(
-    image: Path, platform: Platform, *, confidential: bool = False, vcpus: int = 1
+    image: Path,
+    platform: Platform,
+    *,
+    confidential: bool = False,
+    vcpus: int = 1,
+    timeout: float = TIMEOUT,
 ) -> tuple[Outcome, str]:
     """A guest with in-kernel APICs, to its end: outcome and console."""
     options = PlanOptions(memory=16 << 20, confidential=confidential, vcpus=vcpus)
@@ -35,7 +40,7 @@ def run(
     with Guest(plan, platform) as guest:
         if confidential:
             guest.launch()
-        outcome = run_guest(guest, console=console.extend, timeout=TIMEOUT)
+        outcome = run_guest(guest, console=console.extend, timeout=timeout)
     return outcome, console.decode()
 
 
@@ -78,6 +83,16 @@ def test_vcpus_when_sent_init_and_sipi_start(test_guests: Path, plain_host: Plat
     here = "1 is here\n2 is here\n3 is here\n"
     assert console == here + "all were called\nand again\n", outcome
     assert (outcome.kind, outcome.ok) == ("exit-port", True)
+
+
+def test_guest_when_it_waits_with_interrupts_off_runs_into_the_timeout(
+    test_guests: Path, kind: tuple[Platform, bool]
+) -> None:
+    platform, confidential = kind
+    outcome, console = run(
+        test_guests / "apic_deaf.elf", platform, confidential=confidential, timeout=1
+    )
+    assert (console, outcome.kind) == ("good night\n", "timeout")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])

@@ -41,6 +41,8 @@ def build_tests(into: Path) -> Path:
     if BUILT:
         return Path(BUILT)
     require_build_tools()
+    for header in SOURCES.glob("*.h"):
+        shutil.copy(header, into)
     sources = [shutil.copy(source, into) for source in sorted(SOURCES.glob("*.c"))]
     script = EXAMPLES / "guests" / "build.sh"
     subprocess.run(["sh", script, *sources], check=True, stdout=subprocess.DEVNULL, timeout=60)

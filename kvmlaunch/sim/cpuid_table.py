@@ -128,6 +128,7 @@ def _apply(vcpu: Vcpu, entries: Any, sizes: Any) -> None:
     c_bit = sev.ebx & 0x3F if sev is not None and vcpu.vm.sev.active else None
     state.reserved_gpa_bits = reserved_gpa_bits(width, c_bit)
     state.guest = limits(lambda function, index: _find(entries, function, index))
+    vcpu.apic.set_version()
 
 
 def _entries(table: bytes) -> Any:

@@ -76,3 +76,4 @@ def _apic_bus_cycles(vm: Vm, nanoseconds: int) -> None:
         refuse(errno.ENXIO)
     if vm.vcpus:
         refuse(errno.EINVAL)
+    vm.irq.bus_cycle_ns = nanoseconds

@@ -68,6 +68,8 @@ def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:
     """WRMSR by the guest; False is #GP."""
     if index in msrs.APIC:
         return vcpu.apic.write_msr(index, value)
+    if index == msrs.APIC_BASE:
+        return vcpu.apic.guest_sets_base(value)
     return vcpu.state.set_msr(index, value)
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from kvmlaunch.sim.interrupts import send_message
 from kvmlaunch.sim.uaccess import copy_in, refuse
 from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
-    from kvmlaunch.sim.vcpu import Vcpu
     from kvmlaunch.sim.vm import Vm
 
-__all__ = ["HANDLERS", "MAX_ROUTES", "Irqchips", "LocalApic"]
+__all__ = ["HANDLERS", "MAX_ROUTES", "Irqchips"]
 
 MAX_ROUTES = 4096
 """KVM_MAX_IRQ_ROUTES."""
@@ -28,46 +28,12 @@ class Irqchips:
     pic: bool = False
     split: bool = False
     pit: bool = False
+    bus_cycle_ns: int = 1
 
     @property
     def in_kernel(self) -> bool:
         """Whether vCPUs have a local APIC in the kernel."""
         return self.pic or self.split
-
-
-class LocalApic:
-    """The in-kernel local APIC of one vCPU, as the run loop sees it.
-
-    It takes and sends no interrupts: its registers don't answer, so a guest that uses them gets
-    #GP for an MSR and an MMIO exit for the page.
-    """
-
-    def __init__(self, vcpu: Vcpu) -> None:
-        self._vcpu = vcpu
-
-    def has_interrupt(self) -> bool:
-        """Whether an interrupt is to be injected as soon as the guest takes one. No locks."""
-        return False
-
-    def accept_interrupt(self) -> int:
-        """Return the vector of that interrupt, which is in service from now on."""
-        raise NotImplementedError
-
-    def read_msr(self, index: int) -> int | None:
-        """RDMSR of an x2APIC register or of the TSC deadline; None is #GP."""
-        return None
-
-    def write_msr(self, index: int, value: int) -> bool:
-        """WRMSR, as `read_msr`; False is #GP."""
-        return False
-
-    def read_mmio(self, gpa: int, size: int) -> bytes | None:
-        """A read of the APIC page; None leaves it to user space."""
-        return None
-
-    def write_mmio(self, gpa: int, data: bytes) -> bool:
-        """A write to the APIC page; False leaves it to user space."""
-        return False
 
 
 def _create_irqchip(vm: Vm, arg: int) -> int:
@@ -107,7 +73,10 @@ def _signal_msi(vm: Vm, arg: int) -> int:
     message = copy_in(vm.host.user, "kvm_msi", arg)
     if not vm.irq.in_kernel or message.flags:
         refuse(errno.EINVAL)
-    return 0
+    taken = send_message(vm, message.address_lo, message.data)
+    if taken < 0:
+        refuse(errno.EPERM)  # kvm_set_msi() returns -1
+    return taken
 
 
 HANDLERS: Mapping[int, Callable[[Vm, int], int]] = MappingProxyType(
@@ -120,4 +89,4 @@ HANDLERS: Mapping[int, Callable[[Vm, int], int]] = MappingProxyType(
         lib.KVM_SIGNAL_MSI: _signal_msi,
     }
 )
-"""Request -> handler. Interrupts of these calls go nowhere: no APIC takes them."""
+"""Request -> handler. Interrupt lines lead nowhere: the PIC and the IOAPIC aren't simulated."""

@@ -12,6 +12,7 @@ from kvmlaunch.uapi import ffi
 __all__ = [
     "ADDRESSES",
     "APIC",
+    "APIC_BASE",
     "FEATURES",
     "PASSED_THROUGH",
     "PLAIN",

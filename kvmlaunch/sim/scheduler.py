@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 __all__ = ["GRACE_SECONDS", "SLICE_TICKS", "Scheduler", "Seat"]
@@ -46,9 +47,10 @@ class Seat:
 
 
 class Scheduler:
-    """The turns of one VM."""
+    """The turns of one VM. ``idle`` is called when nobody can run: True where that changed it."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, idle: Callable[[], bool] = lambda: False) -> None:
+        self._idle = idle
         self._random = random.Random(seed)
         self._changed = threading.Condition()
         self._seats: list[Seat] = []
@@ -88,6 +90,8 @@ class Scheduler:
                     if self._left <= 0:
                         self._left = round(SLICE_TICKS * self._random.uniform(0.5, 1.5))
                     return self._left
+                if current is None and self._idle():
+                    continue
                 self._changed.wait(_POLL_SECONDS)
             return None
 

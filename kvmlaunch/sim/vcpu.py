@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvmlaunch.sim import caps, vcpu_ioctls
 from kvmlaunch.sim.cpuid_table import find_leaf
 from kvmlaunch.sim.fdtable import File
-from kvmlaunch.sim.irq import LocalApic
+from kvmlaunch.sim.lapic import LocalApic
 from kvmlaunch.sim.plain_state import from_vmsa
 from kvmlaunch.sim.sev_es import SevEsState
 from kvmlaunch.sim.uaccess import refuse
@@ -43,7 +43,6 @@ class Vcpu:
             clear_cd_nw=not vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED,
             sregs_check_efer=host.profile.sregs_check_efer,
         )
-        self.lapic = bytearray(1024)
         self.events = ffi.new("struct kvm_vcpu_events *")
         self.cpuid = b""
         self.tsc_khz = vm.tsc_khz
@@ -79,15 +78,14 @@ class Vcpu:
 
     def has_events(self) -> bool:
         """kvm_vcpu_has_events(): something that ends a wait. Takes no lock."""
-        return (
-            self.init_pending
-            or self.sipi_pending
-            or self.update_state
-            or self.interrupt is not None
-            or bool(self.nmi_pending and not self.nmi_masked)
-            or self.running.exception is not None
-            or self.apic.has_interrupt()
-        )
+        if self.init_pending or self.sipi_pending or self.update_state:
+            return True
+        if self.mp_state in (lib.KVM_MP_STATE_UNINITIALIZED, lib.KVM_MP_STATE_INIT_RECEIVED):
+            return False  # nothing else starts it
+        if self.running.exception is not None or (self.nmi_pending and not self.nmi_masked):
+            return True
+        waits = self.interrupt is not None or self.apic.has_interrupt()
+        return waits and self.running.takes_interrupts
 
     def can_run(self) -> bool:
         """kvm_arch_vcpu_runnable(). Takes no lock."""
@@ -117,6 +115,7 @@ class Vcpu:
         """kvm_vcpu_reset() for an INIT: registers, but not those that firmware has."""
         self.interrupt, self.running.exception = None, None
         self.nmi_pending = 0
+        self.apic.reset()
         if self.sev_es is not None:
             self.sev_es.init_event()
             return
@@ -132,6 +131,18 @@ class Vcpu:
             self.pull_state()
             self.state.start_at(self.sipi_vector)
             self.running.unload()
+
+    @property
+    def cr8(self) -> int:
+        """kvm_get_cr8(): the task priority, which is the APIC's if that is in the kernel."""
+        return self.apic.cr8 if self.vm.irq.in_kernel else self.state.cr8
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        if self.vm.irq.in_kernel:
+            self.apic.cr8 = value
+        else:
+            self.state.cr8 = value
 
     def guest_tsc(self) -> int:
         """The TSC, which counts what the guest has executed, not the time of the host."""

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import msrs
+from kvmlaunch.sim import interrupts, msrs
 from kvmlaunch.sim.cpuid_table import get_cpuid, set_cpuid
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import ffi, lib
@@ -33,7 +33,6 @@ _EVENTS_REPORTED = (
 # Payload and triple fault need capabilities that nobody can enable here.
 _EVENTS_SETTABLE = _EVENTS_REPORTED | lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
 _NMI_VECTOR = 2
-_MAX_NMIS = 2
 _FPU = struct.Struct("<HHBBHQQ")
 
 
@@ -108,8 +107,9 @@ def _fill_sregs(vcpu: Vcpu, out: Any) -> None:
     for name in ("gdt", "idt"):
         table = state.vmcb.segment(name)
         getattr(out, name).base, getattr(out, name).limit = table.base, table.limit & 0xFFFF
-    for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"):
+    for name in ("cr0", "cr2", "cr3", "cr4", "efer", "apic_base"):
         setattr(out, name, getattr(state, name))
+    out.cr8 = vcpu.cr8
 
 
 def _take_sregs(vcpu: Vcpu, sregs: Any) -> None:
@@ -118,13 +118,13 @@ def _take_sregs(vcpu: Vcpu, sregs: Any) -> None:
         refuse(errno.EINVAL)
     if not state.apic_base_valid(sregs.apic_base):
         refuse(errno.EINVAL)
-    state.apic_base = sregs.apic_base
+    vcpu.apic.set_base(sregs.apic_base)
     for name in ("gdt", "idt"):
         table = getattr(sregs, name)
         state.vmcb.set_table(name, table.limit, table.base)
     state.cr2 = sregs.cr2
     if not sregs.cr8 & ~0xF:  # kvm_set_cr8() refuses, and nobody looks
-        state.cr8 = sregs.cr8
+        vcpu.cr8 = sregs.cr8
     state.set_cr3(sregs.cr3)
     state.set_efer(sregs.efer)
     state.clear_cd_nw = not vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED
@@ -191,7 +191,7 @@ def _get_msrs(vcpu: Vcpu, arg: int) -> int:
     def read(index: int) -> int | None:
         if vcpu.protected and vcpu.state.passes_through(index):
             return None
-        return vcpu.state.get_msr(index)
+        return vcpu.apic.read_msr(index) if index in msrs.APIC else vcpu.state.get_msr(index)
 
     return msrs.transfer(vcpu.vm.host.user, arg, read, write_back=True)
 
@@ -200,6 +200,10 @@ def _set_msrs(vcpu: Vcpu, arg: int) -> int:
     def write(index: int, value: int) -> bool:
         if vcpu.protected and vcpu.state.passes_through(index):
             return False
+        if index in msrs.APIC:
+            return vcpu.apic.write_msr(index, value)
+        if index == msrs.APIC_BASE:
+            return vcpu.state.apic_base_valid(value) and vcpu.apic.set_base(value)
         return vcpu.state.set_msr(index, value)
 
     return msrs.transfer(vcpu.vm.host.user, arg, store=write)
@@ -263,13 +267,14 @@ def _set_mp_state(vcpu: Vcpu, arg: int) -> int:
 
 def _get_lapic(vcpu: Vcpu, arg: int) -> int:
     _need_lapic(vcpu)
-    vcpu.vm.host.user.write(arg, bytes(vcpu.lapic))
+    vcpu.vm.host.user.write(arg, vcpu.apic.get_state())
     return 0
 
 
 def _set_lapic(vcpu: Vcpu, arg: int) -> int:
     _need_lapic(vcpu)
-    vcpu.lapic[:] = vcpu.vm.host.user.read(arg, len(vcpu.lapic))
+    vcpu.apic.set_state(vcpu.vm.host.user.read(arg, len(vcpu.apic.regs)))
+    vcpu.vm.scheduler.wake()
     return 0
 
 
@@ -319,9 +324,7 @@ def _interrupt(vcpu: Vcpu, arg: int) -> int:
 
 
 def _nmi(vcpu: Vcpu, arg: int) -> int:
-    """One NMI more, of which no more than two wait (process_nmi)."""
-    most = 1 if vcpu.nmi_masked else _MAX_NMIS
-    vcpu.nmi_pending = min(vcpu.nmi_pending + 1, most)
+    interrupts.pend_nmi(vcpu)
     vcpu.vm.scheduler.wake()
     return 0
 

@@ -104,8 +104,7 @@ class VcpuRun:
         if not vm.irq.in_kernel:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)
-            vcpu.state.cr8 = run.cr8
-            self._put_cr8()
+            vcpu.cr8 = run.cr8
         complete, self.complete = self.complete, None
         if complete is not None and not complete():
             return False
@@ -158,9 +157,10 @@ class VcpuRun:
         with vm.host.gate.running():
             vm.running = vcpu
             vm.flush_if_changed()
-            event = cpu.run(ticks)
+            event = cpu.run(min(ticks, self._ticks_to_timer()))
         spent = cpu.ticks - before + (0 if isinstance(event, Budget) else _EXIT_TICKS)
         with vm.host.lock:
+            self._take_priority(cpu)
             done = self._handle(event)
             self._look(cpu)
         vm.scheduler.spend(vcpu.seat, spent, keep=not done)
@@ -195,6 +195,7 @@ class VcpuRun:
         event = self._inject()
         if event is not None:
             return self._handle(event)
+        self._set_priority(self.live_cpu)
         if vcpu.sev_es is not None:
             vcpu.sev_es.unmap_ghcb()
         return None
@@ -217,13 +218,7 @@ class VcpuRun:
             return False
         self.cpu.ghcb = ghcb
         self._loaded = True
-        self._put_cr8()
         return True
-
-    def _put_cr8(self) -> None:
-        """Give a plain guest its task priority; that of encrypted state is the guest's own."""
-        if self._loaded and self.vcpu.sev_es is None:
-            self.live_cpu.write("cr8", self.vcpu.state.cr8)
 
     def save(self) -> Vmsa | None:
         """The guest's registers, None if the CPU doesn't have them; they stay there."""
@@ -261,6 +256,32 @@ class VcpuRun:
         waiting = vcpu.interrupt is not None or vcpu.apic.has_interrupt()
         cpu.want_window = not cpu.interruptible and (wanted or waiting)
         return event
+
+    def _set_priority(self, cpu: SoftCpu) -> None:
+        """sync_lapic_to_cr8(), update_cr8_intercept()."""
+        vcpu = self.vcpu
+        # Without an APIC here, the priority of a guest with encrypted state is its own.
+        if vcpu.vm.irq.in_kernel or vcpu.sev_es is None:
+            cpu.write("cr8", vcpu.cr8)
+        cpu.stop_at_cr8 = vcpu.apic.blocked_by_priority()
+
+    def _take_priority(self, cpu: SoftCpu) -> None:
+        """sync_cr8_to_lapic(): the priority's lower half is lost, unless CR8 is intercepted."""
+        value = cpu.read("cr8") & 0xF
+        if not cpu.stop_at_cr8 or value != self.vcpu.cr8:
+            self.vcpu.cr8 = value
+
+    def _ticks_to_timer(self) -> int:
+        """How long the guest may run before its APIC's timer wants it to stop."""
+        at, now = self.vcpu.apic.wakes_at(), self.vcpu.vm.guest_ticks
+        return _RUN_TICKS if at is None or at <= now else min(at - now, _RUN_TICKS)
+
+    @property
+    def takes_interrupts(self) -> bool:
+        """kvm_arch_interrupt_allowed(), as it was when the guest stopped. No locks."""
+        if self._loaded or self.vcpu.protected:
+            return self._interruptible
+        return bool(self.vcpu.state.vmcb["rflags"] & _IF)
 
     # Exits
 
@@ -309,6 +330,7 @@ class VcpuRun:
         if not vcpu.vm.irq.in_kernel:
             vcpu.run.exit_reason = reason
             return 0
+        self._look(self.live_cpu)
         if not vcpu.has_events():
             vcpu.mp_state = state
         return 1
@@ -319,7 +341,6 @@ class VcpuRun:
         """Note what user space will want to know; the engine may be another vCPU's then."""
         self._interrupt_flag = bool(cpu.read("rflags") & _IF)
         self._interruptible = cpu.interruptible
-        self.vcpu.state.cr8 = cpu.read("cr8") & 0xF
 
     def _after_run(self) -> None:
         vcpu, run = self.vcpu, self.vcpu.run
@@ -327,7 +348,7 @@ class VcpuRun:
             self._interrupt_flag = bool(vcpu.state.vmcb["rflags"] & _IF)
             self._interruptible = self._interrupt_flag
         run.if_flag = self._interrupt_flag
-        run.cr8 = vcpu.state.cr8
+        run.cr8 = vcpu.cr8
         run.apic_base = vcpu.state.apic_base
         run.ready_for_interrupt_injection = vcpu.vm.irq.pic or self._ready()
 

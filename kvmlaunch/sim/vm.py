@@ -51,7 +51,7 @@ class Vm:
         self.attributes = Attributes(self)
         self.sev = SevVm(self)
         self.memory = VmMemory(self)
-        self.scheduler = Scheduler(host.seed)
+        self.scheduler = Scheduler(host.seed, self.skip_idle_time)
         self._machine: Machine | None = None
         self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
         self._references = 0
@@ -120,7 +120,7 @@ class Vm:
 
     @property
     def guest_ticks(self) -> int:
-        """What all vCPUs have executed: the TSC."""
+        """What all vCPUs have executed, and the time when all waited: the TSC."""
         return 0 if self._machine is None else self._machine.ticks
 
     def _running_cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
@@ -128,6 +128,15 @@ class Vm:
         with self.host.lock:
             assert self.running is not None
             return intercepts.cpuid(self.running, function, index)
+
+    def skip_idle_time(self) -> bool:
+        """Every vCPU waits: the clock goes on to the next timer. False if none is set."""
+        timers = (vcpu.apic.wakes_at() for vcpu in self.vcpus if vcpu.running.takes_interrupts)
+        times = [time for time in timers if time is not None and time > self.guest_ticks]
+        if self._machine is None or not times:
+            return False
+        self._machine.ticks = min(times)
+        return True
 
     def get(self) -> None:
         """Take a reference."""

@@ -11,6 +11,7 @@ from kvmlaunch.abi import fwstatus
 from kvmlaunch.abi.fwstatus import FwStatus
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.policy import GuestPolicy
+from kvmlaunch.abi.vmsa import describe_sev_features
 
 __all__ = ["explain_finish", "explain_init", "explain_start", "explain_update"]
 
@@ -27,10 +28,12 @@ _NOT_SNP = (
 
 def explain_init(err: int, vmsa_features: int) -> str:
     """Why KVM_SEV_INIT2 gave ``err``."""
+    names = ", ".join(describe_sev_features(vmsa_features))
+    named = f" ({names})" if names else ""
     return {
         errno.EINVAL: "KVM_SEV_INIT2 has been done already, a vCPU exists, or this kernel doesn't "
-        f"offer vmsa_features {vmsa_features:#x} (KVM_X86_SEV_VMSA_FEATURES tells; bit 0 is "
-        "never given) or the GHCB version.",
+        f"offer vmsa_features {vmsa_features:#x}{named}; KVM_X86_SEV_VMSA_FEATURES tells "
+        "what it offers, and bit 0 is never given. Or it doesn't offer the GHCB version.",
         errno.EPERM: "KVM_SEV_INIT2 has been done already.",
         errno.ENOTTY: "The host has no memory encryption, or no ASID is configured for SNP "
         "(firmware setup: number of SEV-ES/SNP ASIDs).",

@@ -324,6 +324,15 @@ class SoftCpu:
         return bool(state.rflags & _IF) and not blocked
 
     @property
+    def stop_at_cr8(self) -> bool:
+        """Stop with `InterruptWindow` when the guest has written to CR8."""
+        return self._exits.stop_at_cr8
+
+    @stop_at_cr8.setter
+    def stop_at_cr8(self, value: bool) -> None:
+        self._exits.stop_at_cr8 = value
+
+    @property
     def nmi_blocked(self) -> bool:
         """Whether an NMI is being handled (until IRET)."""
         return self._core.state.catch_iret

@@ -100,7 +100,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class InterruptWindow:
-    """An interrupt can be injected now, and `SoftCpu.want_window` was set."""
+    """What `SoftCpu.want_window` waits for, or `SoftCpu.stop_at_cr8`, has come."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from . import control, snp_instructions, vc
 from .core import Core
 from .decode import Instruction
 from .engine import Stop
-from .events import Event, Halt, IoRead, MsrRead, MsrWrite, Pause, VmgExit, Vmmcall
+from .events import Event, Halt, InterruptWindow, IoRead, MsrRead, MsrWrite, Pause, VmgExit, Vmmcall
 from .faults import AC, DF, GP, NP, PF, SS_FAULT, TS, UD, VC, GuestFault
 from .inject import Delivery, deliver
 from .msr import NativeMsrs
@@ -31,6 +31,7 @@ class Exits:
         self._tsc = tsc
         self._answer: Callable[[int], None] | None = None
         self.cr8 = 0
+        self.stop_at_cr8 = False
         self.sev_features = 0
         self._handlers: dict[int, Callable[[int], Event | None]] = {
             Stop.BUDGET: lambda _code: None,
@@ -228,13 +229,14 @@ class Exits:
         self._core.set_gpr(instruction.rm, self.cr8, size)
         self._core.advance(instruction.length)
 
-    def _write_cr8(self, _code: int) -> None:
+    def _write_cr8(self, _code: int) -> Event | None:
         instruction = self._instruction()
         value = self._core.state.gpr[instruction.rm]
         if value >> 4:
             raise GuestFault(GP, 0)
         self.cr8 = value
         self._core.advance(instruction.length)
+        return InterruptWindow() if self.stop_at_cr8 else None
 
     def _debug_register(self, code: int) -> None:
         if self._core.options.snp and not self.sev_features & vc.DEBUG_SWAP:

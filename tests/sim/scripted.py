@@ -34,7 +34,7 @@ class ScriptedCpu:
     def __init__(self, machine: ScriptedMachine) -> None:
         self.machine = machine
         self.ghcb = 0
-        self.want_window = False
+        self.want_window = self.stop_at_cr8 = False
         self.interruptible = False
         self.nmi_blocked = False
         self.ticks = 0
@@ -58,7 +58,9 @@ class ScriptedCpu:
         if self.script is None:
             self.script = self.machine.script(self)
         event = next(self.script, None) or Halt()  # without an APIC: KVM_EXIT_HLT
-        self.ticks += ticks if isinstance(event, Budget) else 4
+        spent = ticks if isinstance(event, Budget) else 4
+        self.ticks += spent
+        self.machine.ticks += spent
         return event
 
     def complete(self, value: int = 0) -> None:

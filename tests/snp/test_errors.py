@@ -133,6 +133,8 @@ INIT_ROWS = [
     (init_after_vcpu, (), EINVAL, "a vCPU exists"),
     (lambda rig: rig.new(vmsa_features=1), (), EINVAL, "vmsa_features 0x1 "),
     (lambda rig: rig.new(vmsa_features=0x4), (), EINVAL, "vmsa_features 0x4 "),
+    (lambda rig: rig.new(vmsa_features=0x8), (), EINVAL, "0x8 (bit 3 restricted_injection)"),
+    (lambda rig: rig.new(vmsa_features=0x10), (), EINVAL, "0x10 (bit 4 alternate_injection)"),
     (lambda rig: rig.new(ghcb_version=3), (), EINVAL, "the GHCB version"),
     (Rig.new, ("INIT2:errno=ENOTTY",), ENOTTY, "no ASID is configured"),
     (Rig.new, ("INIT2:errno=EBUSY",), EBUSY, "No ASID is free"),

@@ -1,0 +1,241 @@
+"""The local APIC by itself: timer, priorities, what guests can do to it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmlaunch.sim.irq import Irqchips
+from kvmlaunch.sim.lapic import LocalApic
+from kvmlaunch.uapi import lib
+
+KHZ = 2_000_000
+TICKS_PER_NS = 2
+PERIODIC, MASKED = 0x20000, 0x10000
+MIN_PERIOD_NS = 200_000  # min_timer_period_us of lapic.c
+
+
+def vm_of(count: int = 1, *, x2apic: bool = True) -> Any:
+    """vCPUs with APICs, of a VM whose clock is what the test says."""
+    vm = SimpleNamespace(
+        irq=Irqchips(split=True), disabled_quirks=0, bsp_id=0, vcpus=[], guest_ticks=1000
+    )
+    vm.scheduler = SimpleNamespace(wake=lambda: None)
+    for number in range(count):
+        guest = SimpleNamespace(x2apic=True)
+        state = SimpleNamespace(apic_base=0xFEE00800, guest=guest, apic_base_valid=lambda _: True)
+        vcpu = SimpleNamespace(vm=vm, id=number, state=state, cpuid=b"", tsc_khz=KHZ)
+        vcpu.nmi_pending, vcpu.nmi_masked, vcpu.sipi_vector = 0, False, 0
+        vcpu.init_pending = vcpu.sipi_pending = False
+        vcpu.apic = LocalApic(vcpu)
+        if x2apic:
+            assert vcpu.apic.guest_sets_base(0xFEE00C00)
+        vm.vcpus.append(vcpu)
+    return vm
+
+
+def write(apic: LocalApic, offset: int, value: int) -> None:
+    assert apic.write_msr(0x800 + offset // 16, value)
+
+
+def started(entry: int, count: int, divide: int = 0xB) -> tuple[Any, LocalApic]:
+    """A VM, and an APIC whose timer was just started."""
+    vm = vm_of()
+    apic = vm.vcpus[0].apic
+    write(apic, 0xF0, 0x1FF)
+    write(apic, 0x3E0, divide)
+    write(apic, 0x320, entry)
+    write(apic, 0x380, count)
+    return vm, apic
+
+
+def taken(apic: LocalApic) -> list[int]:
+    found = []
+    while apic.has_interrupt():
+        found.append(apic.accept_interrupt())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("divide", "by"),
+    [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (0xA, 128), (0xB, 1)],
+)
+def test_timer_when_divided_takes_that_many_cycles(divide: int, by: int) -> None:
+    vm, apic = started(0x40, 1000, divide)
+    end = 1000 + 1000 * by * TICKS_PER_NS
+    vm.guest_ticks = end - 1
+    assert not apic.has_interrupt()
+    assert apic.wakes_at() == end
+    vm.guest_ticks = end
+    assert taken(apic) == [0x40]
+    assert apic.wakes_at() is None
+
+
+def test_timer_when_half_over_counts_half() -> None:
+    vm, apic = started(0x40, 1000)
+    vm.guest_ticks += 500 * TICKS_PER_NS
+    assert apic.read_msr(0x839) == 500
+    assert apic.read_msr(0x838) == 1000
+
+
+def test_timer_when_bus_cycles_are_longer_is_slower() -> None:
+    vm = vm_of()
+    vm.irq.bus_cycle_ns = 10
+    apic = vm.vcpus[0].apic
+    write(apic, 0xF0, 0x1FF)
+    write(apic, 0x320, 0x40)
+    write(apic, 0x380, 100)
+    assert apic.wakes_at() == 1000 + 100 * 2 * 10 * TICKS_PER_NS
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_timer_when_period_is_tiny_is_slowed_down(count: int) -> None:
+    vm, apic = started(PERIODIC | 0x40, count)
+    period = MIN_PERIOD_NS * TICKS_PER_NS
+    for number in range(1, 4):
+        assert apic.wakes_at() == 1000 + number * period
+        vm.guest_ticks = 1000 + number * period
+        assert taken(apic) == [0x40]
+        write(apic, 0xB0, 0)
+
+
+def test_timer_when_many_periods_have_passed_interrupts_once() -> None:
+    vm, apic = started(PERIODIC | 0x40, 1_000_000)
+    vm.guest_ticks = 1000 + 10_500_000 * TICKS_PER_NS
+    assert taken(apic) == [0x40]
+    write(apic, 0xB0, 0)
+    assert taken(apic) == []
+    assert apic.wakes_at() == 1000 + 11_000_000 * TICKS_PER_NS
+
+
+def test_timer_when_unmasked_too_late_makes_up_for_it() -> None:
+    """KVM's way: apic_has_pending_timer() looks at the mask."""
+    vm, apic = started(MASKED | 0x40, 1000)
+    assert apic.wakes_at() is None
+    vm.guest_ticks = 100_000
+    assert not apic.has_interrupt()
+    write(apic, 0x320, 0x40)
+    assert taken(apic) == [0x40]
+
+
+def test_timer_when_stopped_never_comes() -> None:
+    vm, apic = started(0x40, 1000)
+    write(apic, 0x380, 0)
+    vm.guest_ticks = 1 << 40
+    assert taken(apic) == []
+
+
+def test_timer_when_vector_is_reserved_is_never_heard() -> None:
+    vm, apic = started(0x0F, 1000)
+    vm.guest_ticks = 1 << 40
+    assert apic.wakes_at() is None
+    assert taken(apic) == []
+
+
+def test_state_when_saved_and_restored_goes_on() -> None:
+    vm, apic = started(0x40, 1000)
+    vm.guest_ticks += 600 * TICKS_PER_NS
+    page = apic.get_state()
+    other = vm_of()
+    restored = other.vcpus[0].apic
+    restored.set_state(page)
+    assert restored.wakes_at() == 1000 + 400 * TICKS_PER_NS
+
+
+def test_deadline_when_mode_is_off_is_dropped() -> None:
+    _, apic = started(0x40000 | 0x40, 1000)  # without the CPUID bit this is one-shot
+    assert apic.write_msr(0x6E0, 5000)
+    assert apic.read_msr(0x6E0) == 0
+    assert apic.wakes_at() == 1000 + 1000 * TICKS_PER_NS
+
+
+def test_base_when_left_out_of_order_is_refused() -> None:
+    vm = vm_of(x2apic=False)
+    apic = vm.vcpus[0].apic
+    assert apic.guest_sets_base(0xFEE00C00)
+    assert not apic.guest_sets_base(0xFEE00800), "only through disabled"
+    assert apic.guest_sets_base(0xFEE00000)
+    assert not apic.guest_sets_base(0xFEE00C00), "only from xAPIC"
+    assert apic.guest_sets_base(0xFEE00800)
+
+
+def test_page_when_in_x2apic_mode_is_a_hole() -> None:
+    vm = vm_of()
+    apic = vm.vcpus[0].apic
+    assert apic.read_mmio(0xFEE00020, 4) == b"\xff" * 4
+    assert apic.write_mmio(0xFEE000F0, bytes(4))
+    vm.disabled_quirks = lib.KVM_X86_QUIRK_LAPIC_MMIO_HOLE
+    assert apic.read_mmio(0xFEE00020, 4) is None
+    assert not apic.write_mmio(0xFEE000F0, bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size", "found"),
+    [
+        (0xFEE00030, 4, b"\x14\0\5\1"),
+        (0xFEE00031, 1, b"\0"),
+        (0xFEE00032, 2, b"\5\1"),
+        (0xFEE00033, 2, b"\0\0"),  # over the end of the register
+        (0xFEE00030, 8, bytes(8)),
+        (0xFEE000B0, 4, bytes(4)),  # EOI is for writing
+        (0xFEE00FF0, 4, bytes(4)),
+        (0xFEE01000, 4, None),
+        (0xFEDFFFF0, 4, None),
+    ],
+)
+def test_page_when_read_in_parts(gpa: int, size: int, found: bytes | None) -> None:
+    apic = vm_of(x2apic=False).vcpus[0].apic
+    apic.set_version()
+    assert apic.read_mmio(gpa, size) == found
+
+
+numbers = st.one_of(
+    st.sampled_from([0, 1, 0x1FF, 0xB, PERIODIC | 0x40, 0x4500, 0x4608, 0xC4400, 0x80041, 0x40041]),
+    st.integers(0, (1 << 64) - 1),
+)
+accesses = st.tuples(
+    st.sampled_from(["msr", "read", "page", "base", "state", "time", "take", "reset"]),
+    st.integers(0, 2),
+    st.integers(0x7F0, 0x90F),
+    numbers,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+@given(st.lists(accesses, max_size=60))
+def test_apics_when_guest_does_anything_stay_sound(steps: list[tuple[str, int, int, int]]) -> None:
+    vm = vm_of(3, x2apic=False)
+    for what, number, index, value in steps:
+        vcpu = vm.vcpus[number]
+        apic = vcpu.apic
+        if what == "msr":
+            apic.write_msr(index, value)
+        elif what == "read":
+            found = apic.read_msr(index)
+            assert found is None or 0 <= found < 1 << 64
+        elif what == "page":
+            apic.write_mmio(
+                0xFEE00000 + (index & 0x3F) * 16, (value & 0xFFFFFFFF).to_bytes(4, "little")
+            )
+        elif what == "base":
+            apic.guest_sets_base(0xFEE00000 | value & 0xC00)
+        elif what == "state":
+            apic.set_state(value.to_bytes(8, "little") * 128)
+        elif what == "time":
+            vm.guest_ticks += value & (1 << 40) - 1
+        elif what == "take":
+            assert len(taken(apic)) <= 256, "each vector once, by falling priority"
+        else:
+            apic.reset()
+        assert len(apic.regs) == 1024
+        assert vcpu.nmi_pending <= 2
+        at = apic.wakes_at()
+        if at is not None and at > vm.guest_ticks:
+            vm.guest_ticks = at
+            assert apic.has_interrupt(), "or a VM that waits would never go on"

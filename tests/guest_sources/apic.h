@@ -26,7 +26,6 @@
 #define NMI 0x400
 #define INIT 0x500
 #define STARTUP 0x600
-#define FAIL_TEST 0x40 /* plus the number of the check */
 
 struct frame;
 
@@ -42,12 +41,6 @@ static inline u64 apic_read(u32 offset)
 static inline void apic_write(u32 offset, u64 value)
 {
 	wrmsr(0x800 + offset / 16, value);
-}
-
-static inline void check(u32 number, int good)
-{
-	if (!good)
-		fail(FAIL_TEST + number);
 }
 
 static inline void load_idt(void)

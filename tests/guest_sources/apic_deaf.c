@@ -12,5 +12,5 @@ void guest_main(void)
 	apic_write(APIC_TMICT, 1);
 	print("good night\n");
 	asm volatile("cli; hlt");
-	fail(FAIL_TEST);
+	fail(FAIL_EXCEPTION + 0x40);
 }

@@ -23,45 +23,45 @@ void guest_main(void)
 	wrmsr(MSR_SELF, 0x40);
 	wrmsr(MSR_SELF, 0x61);
 	wrmsr(MSR_SELF, 0x62);
-	check(1, apic_read(APIC_IRR + 0x30) == 0x6);
+	check_equal(apic_read(APIC_IRR + 0x30), 0x6);
 	listen();
-	check(2, ordered == 3);
-	check(3, order[0] == 0x62 && order[1] == 0x61 && order[2] == 0x40);
-	check(4, apic_read(APIC_ISR + 0x20) == 1);
-	check(5, apic_read(APIC_PPR) == 0x40);
+	check_equal(ordered, 3);
+	check_equal(order[0] == 0x62 && order[1] == 0x61 && order[2] == 0x40, 1);
+	check_equal(apic_read(APIC_ISR + 0x20), 1);
+	check_equal(apic_read(APIC_PPR), 0x40);
 	wrmsr(MSR_SELF, 0x4f);
 	listen();
-	check(6, !seen[0x4f]);
+	check_equal(seen[0x4f], 0);
 	wrmsr(MSR_SELF, 0x61);
 	listen();
-	check(7, seen[0x61] == 2);
+	check_equal(seen[0x61], 2);
 	apic_write(APIC_EOI, 0);
-	check(8, apic_read(APIC_PPR) == 0);
+	check_equal(apic_read(APIC_PPR), 0);
 	listen();
-	check(9, seen[0x4f] == 1);
+	check_equal(seen[0x4f], 1);
 	print("priorities\n");
 
 	/* The task priority, by the register and by CR8. */
 	apic_write(APIC_TPR, 0x60);
-	check(10, apic_read(APIC_PPR) == 0x60);
+	check_equal(apic_read(APIC_PPR), 0x60);
 	wrmsr(MSR_SELF, 0x62);
 	listen();
-	check(11, seen[0x62] == 1);
+	check_equal(seen[0x62], 1);
 	apic_write(APIC_TPR, 0x50);
 	listen();
-	check(12, seen[0x62] == 2);
+	check_equal(seen[0x62], 2);
 	if (!is_snp()) {
 		u64 priority;
 
 		asm volatile("mov %%cr8, %0" : "=r"(priority));
-		check(13, priority == 5);
+		check_equal(priority, 5);
 		asm volatile("mov %0, %%cr8" : : "r"(7UL));
-		check(14, apic_read(APIC_TPR) == 0x70);
+		check_equal(apic_read(APIC_TPR), 0x70);
 		wrmsr(MSR_SELF, 0x61);
 		asm volatile("sti; nop");
-		check(15, seen[0x61] == 2);
+		check_equal(seen[0x61], 2);
 		asm volatile("mov %0, %%cr8; nop; cli" : : "r"(3UL) : "memory");
-		check(16, seen[0x61] == 3);
+		check_equal(seen[0x61], 3);
 	}
 	apic_write(APIC_TPR, 0);
 	print("task priority\n");
@@ -70,26 +70,26 @@ void guest_main(void)
 	wrmsr(MSR_SELF, 0x61);
 	seen[0x61] = 0;
 	halt();
-	check(17, seen[0x61] == 1);
+	check_equal(seen[0x61], 1);
 
 	/* An APIC that is off takes nothing, and masks its timer. */
 	apic_write(APIC_LVTT, 0x61);
 	apic_write(APIC_SPIV, 0xff);
-	check(18, apic_read(APIC_LVTT) == (MASKED | 0x61));
+	check_equal(apic_read(APIC_LVTT), MASKED | 0x61);
 	wrmsr(MSR_SELF, 0x61);
-	check(19, !apic_read(APIC_IRR + 0x30));
+	check_equal(apic_read(APIC_IRR + 0x30), 0);
 	apic_write(APIC_SPIV, 0x1ff);
 	print("off\n");
 
 	apic_write(APIC_ICR, TO_SELF | ASSERT | NMI);
 	listen();
-	check(20, seen[2] == 1);
+	check_equal(seen[2], 1);
 	if (is_snp()) {
 		ghcb_begin();
 		ghcb_exit(0x80000003, 0, 0); /* NMI_COMPLETE */
 	}
 	apic_write(APIC_ICR, TO_SELF | ASSERT | NMI);
 	listen();
-	check(21, seen[2] == 2);
+	check_equal(seen[2], 2);
 	print("NMI\n");
 }

@@ -106,14 +106,13 @@ void guest_main(void)
 {
 	u64 cr3, n;
 
-	if (is_snp())
-		fail(FAIL_TEST);
+	check_equal(is_snp(), 0);
 	map_2m(APIC_PAGE & ~0x1fffffUL, SHARED);
 	interrupts_init();
 	set_handler(PING, ping);
 	set_handler(PONG, pong);
 	xapic_write(APIC_SPIV, 0x1ff);
-	check(1, xapic_read(APIC_ID) == 0);
+	check_equal(xapic_read(APIC_ID), 0);
 
 	for (n = 0; n < (u64)(trampoline_end - trampoline); n++)
 		((volatile u8 *)TRAMPOLINE)[n] = trampoline[n];
@@ -132,15 +131,15 @@ void guest_main(void)
 	send(0, TO_OTHERS | ASSERT | PING);
 	while (pinged < OTHERS || !ponged)
 		halt();
-	check(2, pinged == OTHERS);
-	check(3, ponged >= 1 && ponged <= OTHERS);
+	check_equal(pinged, OTHERS);
+	check_equal(ponged >= 1 && ponged <= OTHERS, 1);
 	print("all were called\n");
 
 	/* The last one is reset, and starts anew. */
 	here = 0;
 	put(trampoline_stack, (u64)stacks[OTHERS]);
 	send(OTHERS, ASSERT | INIT);
-	check(4, here == 0);
+	check_equal(here, 0);
 	send(OTHERS, ASSERT | STARTUP | TRAMPOLINE >> 12);
 	while (here != OTHERS)
 		asm volatile("pause");

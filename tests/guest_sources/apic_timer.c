@@ -19,15 +19,15 @@ void guest_main(void)
 	apic_write(APIC_LVTT, ONCE);
 	before = rdtsc();
 	apic_write(APIC_TMICT, 2000000); /* 2 ms */
-	check(1, apic_read(APIC_TMCCT) <= 2000000);
-	check(2, apic_read(APIC_TMICT) == 2000000);
+	check_equal(apic_read(APIC_TMCCT) <= 2000000, 1);
+	check_equal(apic_read(APIC_TMICT), 2000000);
 	halt();
 	/* No TSC is slower than 1 GHz. */
-	check(3, rdtsc() - before >= 2000000);
-	check(4, seen[ONCE] == 1);
-	check(5, apic_read(APIC_TMCCT) == 0);
+	check_equal(rdtsc() - before >= 2000000, 1);
+	check_equal(seen[ONCE], 1);
+	check_equal(apic_read(APIC_TMCCT), 0);
 	listen();
-	check(6, seen[ONCE] == 1);
+	check_equal(seen[ONCE], 1);
 	print("once\n");
 
 	apic_write(APIC_LVTT, PERIODIC | AGAIN);
@@ -41,7 +41,7 @@ void guest_main(void)
 	while (seen[AGAIN] < 6)
 		halt();
 	apic_write(APIC_TMICT, 0);
-	check(7, apic_read(APIC_TMCCT) == 0);
+	check_equal(apic_read(APIC_TMCCT), 0);
 	print("not too often\n");
 
 	listen();
@@ -50,14 +50,14 @@ void guest_main(void)
 	apic_write(APIC_LVTT, MASKED | ONCE);
 	apic_write(APIC_TMICT, 100000);
 	while ((count = apic_read(APIC_TMCCT)))
-		check(8, count <= 100000);
+		check_equal(count <= 100000, 1);
 	for (before = rdtsc(); rdtsc() - before < 10000000;)
 		listen(); /* the host may be late */
-	check(9, !seen[ONCE]);
+	check_equal(seen[ONCE], 0);
 	apic_write(APIC_TMICT, 0); /* or KVM makes up for it now */
 	apic_write(APIC_LVTT, ONCE);
 	listen();
-	check(10, !seen[ONCE]);
+	check_equal(seen[ONCE], 0);
 	print("not while masked\n");
 
 	/* An interrupt ends a busy loop as well. */

@@ -33,7 +33,8 @@ _TAP = ("-p", "tests.mainline.tap", "--tap")
 _REAL_PATH = (
     *("-m", "not simulated"),
     *("tests/hardware", "tests/launch/test_snp_run.py", "tests/launch/test_guest_ends.py"),
-    *("tests/launch/test_plain.py", "tests/kvm/test_host.py", "tests/kvm/test_run.py"),
+    *("tests/launch/test_apic.py", "tests/launch/test_plain.py"),
+    *("tests/kvm/test_host.py", "tests/kvm/test_run.py"),
 )
 _DIFFERENTIAL = "tests/mainline/test_differential.py"
 

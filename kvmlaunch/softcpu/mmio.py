@@ -50,7 +50,9 @@ class Mmio:
         state.rflags = flags | _TF
         core.scratch, core.scratch_written = (self._linear & -_PAGE, self._host), False
         engine.flush_tlb()
+        engine.watching = False  # a debugger has seen this instruction
         code: int | None = engine.run(state, core, _STEP_TICKS)
+        engine.watching = True
         written = core.scratch_written
         core.scratch = None
         engine.flush_tlb()

@@ -15,13 +15,14 @@ import functools
 import importlib
 import re
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 from kvmlaunch.errors import KvmLaunchError, MissingCapability
 
 from . import _hooks
 from .decode import io_instructions
-from .engine import FETCH, READ, WRITE, EngineState, Fill, Stop
+from .engine import FETCH, READ, WRITE, EngineState, Fill, Stop, Watch
 from .unicorn_env import CONTEXT_HEADER, Env
 from .unicorn_state import UnicornState
 
@@ -178,6 +179,10 @@ class UnicornEngine:
         self._io_hooks: dict[int, ctypes.c_size_t] = {}
         self._new_io: list[tuple[int, int, list[int]]] = []
         self._skip = -1
+        self.watching = True
+        self._ask: Watch | None = None
+        self._watched: Collection[int] | None = ()
+        self._watch_hooks: list[ctypes.c_size_t] = []
         self.ticks_left = 0
         self.fault_address = 0
         self._add_hooks()
@@ -273,6 +278,18 @@ class UnicornEngine:
         """Let the next run execute what is at a linear address, although a hook is there."""
         self._skip = address
 
+    def watch(self, ask: Watch | None, places: Collection[int] | None) -> None:
+        """Call ``ask`` before the instructions at these places, or before all."""
+        for hook in self._watch_hooks:
+            self._call("uc_hook_del", hook)
+        self._ask, self._watched = ask, () if ask is None else places
+        # A range of 1 to 0 is everywhere.
+        ranges = [(1, 0)] if self._watched is None else [(at, at) for at in self._watched]
+        self._watch_hooks = [
+            self._hook(const.UC_HOOK_CODE, self._watch_callback, *range_) for range_ in ranges
+        ]
+        self.flush_code()
+
     # -- callbacks; an exception must not pass through C
 
     def _on_fill(self, _uc: int, page: int, kind: int, entry: Any, _data: int) -> bool:
@@ -315,7 +332,25 @@ class UnicornEngine:
             self._error = error
             _lib.uc_emu_stop(self._handle)
 
+    def _on_watched(self, _uc: int, address: int, size: int, _data: int) -> None:
+        try:
+            if self._run.event:
+                return
+            if self.watching and self._ask is not None and self._ask(address, size):
+                self._run.event = Stop.DEBUG
+                _lib.uc_emu_stop(self._handle)
+            elif address in self._io_hooks:
+                self._stop_for_io(address)
+        except BaseException as error:
+            self._error = error
+            _lib.uc_emu_stop(self._handle)
+
     def _on_io(self, _uc: int, address: int, _size: int, _data: int) -> None:
+        # Where both hooks are, the debugger is asked first.
+        if self._watched is not None and address not in self._watched:
+            self._stop_for_io(address)
+
+    def _stop_for_io(self, address: int) -> None:
         if address != self._skip:
             self._run.event = Stop.IO
             _lib.uc_emu_stop(self._handle)
@@ -413,6 +448,7 @@ class UnicornEngine:
         self._fill_callback = _FILL(lambda *a: me._on_fill(*a))
         self._block_callback = _EDGE(lambda *a: me._on_new_block(*a))
         self._io_callback = _CODE(lambda *a: me._on_io(*a))
+        self._watch_callback = _CODE(lambda *a: me._on_watched(*a))
         self._hook(const.UC_HOOK_TLB_FILL, self._fill_callback)
         self._hook(const.UC_HOOK_EDGE_GENERATED, self._block_callback)
 

@@ -36,6 +36,7 @@ from .events import (
 )
 from .memory import Access, GuestMemory, Missing, RmpEntry
 from .options import Cpuid, CpuOptions
+from .unicorn_engine import UnsupportedEngine
 
 __all__ = [
     "Access",
@@ -62,6 +63,7 @@ __all__ = [
     "RmpEntry",
     "Shutdown",
     "SoftCpu",
+    "UnsupportedEngine",
     "VmgExit",
     "Vmmcall",
 ]

@@ -25,6 +25,7 @@ from .mmio import Mmio
 from .msr import NativeMsrs
 from .options import CpuOptions
 from .pages import Pages
+from .stepping import STEP_TICKS, step
 from .unicorn_engine import UnicornEngine
 from .vmsa_state import Loaded, broken_rule, load, save
 
@@ -70,6 +71,10 @@ class Machine:
     def watch(self, ask: Watch | None, places: Collection[int] | None) -> None:
         """Call ``ask`` before instructions (see `Engine.watch`): a `DebugStop` where it says so."""
         self._engine.watch(ask, places)
+
+    def code(self, linear: int, size: int) -> bytes:
+        """Return what is executed at a linear address, for what `watch` calls."""
+        return self._engine.code(linear, size)
 
     def write(self, host: int, data: bytes) -> None:
         """Write memory of the guest, which may be code, at its host address."""
@@ -156,7 +161,9 @@ class SoftCpu:
         raise KeyError(name)
 
     def write(self, name: str, value: int) -> None:
-        """Change a general register, rip, rflags or cr2 (others: `save`, change and `load`).
+        """Change a general register, rip, rflags, cr2 or cr8.
+
+        Others by `save`, a change and `load`, which drops what is pending.
 
         Raises:
             KeyError: no such register, or not one of these.
@@ -170,6 +177,8 @@ class SoftCpu:
             state.rflags = value
         elif name == "cr2":
             state.cr[2] = value
+        elif name == "cr8":
+            self._exits.cr8 = value & 0xF
         else:
             raise KeyError(name)
 
@@ -183,8 +192,7 @@ class SoftCpu:
         """
         if self._stopped is not None:
             return self._stopped
-        if self._exits.waiting:
-            raise RuntimeError("the last event wants an answer: complete() or refuse()")
+        self._check_answered()
         core, left = self._core, ticks
         while True:
             event = self._before_entry()
@@ -196,13 +204,36 @@ class SoftCpu:
                 return Budget()
             given = 1 if self.want_window else left
             code = core.engine.run(core.state, core, given)
-            used = given - core.engine.ticks_left + _EXIT_TICKS
-            left -= used
-            self.ticks += used
-            self._machine.ticks += used
+            left -= self._count(given)
             event = self._after_exit(code)
             if event is not None:
                 return event
+
+    def step(self) -> Event | None:
+        """Execute one instruction, or deliver one event; for debuggers.
+
+        Raises:
+            RuntimeError: as `run`.
+        """
+        if self._stopped is not None:
+            return self._stopped
+        self._check_answered()
+        if self._pending is not None or self._mmio is not None:
+            return self._before_entry()
+        code = step(self._core)
+        self._count(STEP_TICKS)
+        return None if code is None else self._after_exit(code)
+
+    def _check_answered(self) -> None:
+        if self._exits.waiting:
+            raise RuntimeError("the last event wants an answer: complete() or refuse()")
+
+    def _count(self, given: int) -> int:
+        """Add up what the engine used of its ticks."""
+        used = given - self._core.engine.ticks_left + _EXIT_TICKS
+        self.ticks += used
+        self._machine.ticks += used
+        return used
 
     def _before_entry(self) -> Event | None:
         """Do what was left undone: an event to deliver, a device access to finish."""

@@ -205,6 +205,10 @@ class Engine(Protocol):
         """Forget translated code: memory was written behind the engine's back."""
         ...
 
+    def code(self, linear: int, size: int) -> bytes:
+        """Return the code at an address, for what `watch` calls; empty if it is out of reach."""
+        ...
+
     watching: bool
     """Whether what `watch` wants is heeded."""
 

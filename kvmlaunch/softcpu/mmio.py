@@ -9,17 +9,13 @@ from __future__ import annotations
 import ctypes
 
 from .core import Core
-from .engine import CS
 from .events import MmioWrite
 from .faults import GP, GuestFault
+from .stepping import step
 
 __all__ = ["Mmio"]
 
-_TF = 1 << 8
-_DR6_BS = 1 << 14
 _PAGE = 0x1000
-_STEP_TICKS = 1 << 14
-_SINGLE_STEP = 0x41
 
 
 class Mmio:
@@ -44,24 +40,16 @@ class Mmio:
     def step(self) -> tuple[int | None, MmioWrite | None]:
         """Execute the instruction; return the exit code if another one came, and the write."""
         core = self._core
-        state, engine = core.state, core.engine
-        flags, dr6 = state.rflags, state.dr[6]
-        before = (state.base(CS), state.rip)
-        state.rflags = flags | _TF
+        before = (core.linear_rip, list(core.state.gpr))
         core.scratch, core.scratch_written = (self._linear & -_PAGE, self._host), False
-        engine.flush_tlb()
-        engine.watching = False  # a debugger has seen this instruction
-        code: int | None = engine.run(state, core, _STEP_TICKS)
-        engine.watching = True
-        written = core.scratch_written
-        core.scratch = None
-        engine.flush_tlb()
-        moved = before != (state.base(CS), state.rip) or state.dr[6] & _DR6_BS & ~dr6
-        if not flags & _TF:
-            state.rflags = state.rflags & ~_TF
-            if code == _SINGLE_STEP:
-                code, state.dr[6] = None, dr6
-        if not (written and moved):
+        core.engine.flush_tlb()
+        core.engine.watching = False  # a debugger has seen this instruction
+        code = step(core)
+        core.engine.watching = True
+        written, core.scratch = core.scratch_written, None
+        core.engine.flush_tlb()
+        done = code is None or before != (core.linear_rip, list(core.state.gpr))
+        if not (written and done):
             return code, None
         at = self._host + (self._linear & _PAGE - 1)
         value = int.from_bytes(ctypes.string_at(at, self.size), "little")

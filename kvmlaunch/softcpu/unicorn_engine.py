@@ -23,7 +23,7 @@ from kvmlaunch.errors import KvmLaunchError, MissingCapability
 from . import _hooks
 from .decode import io_instructions
 from .engine import FETCH, READ, WRITE, EngineState, Fill, Stop, Watch
-from .unicorn_env import CONTEXT_HEADER, Env
+from .unicorn_env import CONTEXT_HEADER, Block, Env, TlbEntry, control_page
 from .unicorn_state import UnicornState
 
 _unicorn: Any = None
@@ -58,9 +58,6 @@ _INTERCEPTS = (
 )
 _PAUSE = 0x77
 _CR_READS, _CR_WRITES, _DR_READS, _DR_WRITES = 1 << 8, 1 << 0 | 1 << 4 | 1 << 8, 1 << 7, 1 << 7
-_MSRPM_FIELD = 0x48  # VMCB: msrpm_base_pa
-# FS, GS, kernel GS base, STAR, LSTAR, CSTAR, SFMASK: not intercepted.
-_NATIVE_MSRS = (*range(0xC0000081, 0xC0000085), *range(0xC0000100, 0xC0000103))
 
 _ZERO = ctypes.c_uint64(0)
 
@@ -105,32 +102,16 @@ class _RunState(ctypes.Structure):
     )
 
 
-class _TlbEntry(ctypes.Structure):
-    """uc_tlb_entry."""
-
-    _fields_ = (("address", ctypes.c_uint64), ("rights", ctypes.c_uint32))
-
-
-class _Block(ctypes.Structure):
-    """uc_tb."""
-
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("count", ctypes.c_uint16),
-        ("size", ctypes.c_uint16),
-    )
-
-
 _FILL = ctypes.CFUNCTYPE(
     ctypes.c_bool,
     ctypes.c_void_p,
     ctypes.c_uint64,
     ctypes.c_int,
-    ctypes.POINTER(_TlbEntry),
+    ctypes.POINTER(TlbEntry),
     ctypes.c_void_p,
 )
 _EDGE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.POINTER(_Block), ctypes.POINTER(_Block), ctypes.c_void_p
+    None, ctypes.c_void_p, ctypes.POINTER(Block), ctypes.POINTER(Block), ctypes.c_void_p
 )
 _CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 
@@ -158,7 +139,7 @@ class UnicornEngine:
             ctypes.c_void_p(0x1000),
         )
         self._run = _RunState(stop=ctypes.cast(_lib.uc_emu_stop, ctypes.c_void_p).value)
-        self._control = _control_page()
+        self._control = control_page()
         self._intercept = functools.reduce(
             lambda bits, code: bits | 1 << code - 0x60,
             (*_INTERCEPTS, _PAUSE) if exit_on_pause else _INTERCEPTS,
@@ -173,11 +154,12 @@ class UnicornEngine:
         self._exact = True
         """Whether unicorn's own state is that of the CPU which runs."""
         self._code_pages: dict[int, int] = {}
-        """Linear page -> host page, of what can be fetched."""
+        """Linear page -> host page, of what was fetched lately."""
         self._code_hosts: set[int] = set()
         """Host pages that hold translated code."""
         self._io_hooks: dict[int, ctypes.c_size_t] = {}
         self._new_io: list[tuple[int, int, list[int]]] = []
+        self._stale = False
         self._skip = -1
         self.watching = True
         self._ask: Watch | None = None
@@ -230,10 +212,14 @@ class UnicornEngine:
             if self._error is not None:
                 error, self._error = self._error, None
                 raise error
-            if self._new_io:
+            if self._stale:
+                self._stale = False
+                self.flush_tlb()
+                self.flush_code()
+            elif self._new_io:
                 self._hook_io()
-                continue
-            break
+            else:
+                break
         self._skip = -1
         self.ticks_left = run.ticks_left
         event = int(run.event)
@@ -290,6 +276,10 @@ class UnicornEngine:
         ]
         self.flush_code()
 
+    def code(self, linear: int, size: int) -> bytes:
+        """Return the code at an address that is being executed."""
+        return self._code(linear, size) or b""
+
     # -- callbacks; an exception must not pass through C
 
     def _on_fill(self, _uc: int, page: int, kind: int, entry: Any, _data: int) -> bool:
@@ -306,7 +296,7 @@ class UnicornEngine:
             found.rights = granted & _PAGE
             if granted & FETCH:
                 if len(self._code_pages) >= _MAX_CODE_PAGES:
-                    self.flush_tlb()
+                    self._code_pages.clear()
                 self._code_pages[page] = granted & ~_PAGE
         except BaseException as error:
             self._error = error
@@ -315,14 +305,17 @@ class UnicornEngine:
 
     def _on_new_block(self, _uc: int, block: Any, _previous: Any, _data: int) -> None:
         try:
-            found = block.contents
-            address, size = found.address, found.size
-            code = self._code(address, size)
-            if not _IO_OPCODE.search(code):
-                return
-            state = self._state
+            found, state = block.contents, self._state
             assert state is not None
             _lib.uc_context_save(self._handle, self._contexts[id(state)])
+            address, size = found.address, found.size
+            code = self._code(address, size)
+            if code is None:  # translated by an old page table entry: don't run that
+                self._stale = True
+                _lib.uc_emu_stop(self._handle)
+                return
+            if not _IO_OPCODE.search(code):
+                return
             places = io_instructions(code, state.bits, found.count)
             new = [p for p in places if address + p not in self._io_hooks]
             if new:
@@ -357,14 +350,18 @@ class UnicornEngine:
 
     # -- details
 
-    def _code(self, address: int, size: int) -> bytes:
+    def _code(self, address: int, size: int) -> bytes | None:
+        """Return a block's code, None if it can't be fetched any more."""
         code = b""
         while size > 0:
             page, offset = address & ~_PAGE, address & _PAGE
             part = min(size, _PAGE + 1 - offset)
             host = self._code_pages.get(page)
-            if host is None:
-                break
+            if host is None:  # forgotten
+                assert self._fill is not None
+                host = self._fill.fill(page, FETCH) & ~_PAGE
+                if not host:
+                    return None
             self._code_hosts.add(host)
             code += ctypes.string_at(host + offset, part)
             address, size = address + part & _LINEAR_64, size - part
@@ -489,19 +486,6 @@ class _OnePage:
 
     def fill(self, page: int, _kind: int) -> int:
         return self._host | READ | FETCH if page == self._linear else 0
-
-
-def _control_page() -> ctypes.Array[ctypes.c_char]:
-    """A VMCB of which unicorn reads the address of the MSR permission map, and that map."""
-    page = ctypes.create_string_buffer(0x3000)
-    map_at = ctypes.addressof(page) + 0x1000
-    bits = bytearray(b"\xff" * 0x2000)
-    for index in _NATIVE_MSRS:
-        bit = 2 * (0x2000 + index - 0xC0000000)
-        bits[bit // 8] &= ~(3 << bit % 8)
-    ctypes.memmove(map_at, bytes(bits), len(bits))
-    ctypes.memmove(ctypes.addressof(page) + _MSRPM_FIELD, map_at.to_bytes(8, "little"), 8)
-    return page
 
 
 def _free_contexts(contexts: dict[int, ctypes.c_void_p]) -> None:

@@ -169,6 +169,8 @@ def test_registers_when_written_are_read_back_and_used() -> None:
     for n, name in enumerate(GPR_NAMES):
         cpu.write(name, n + 1)
     cpu.write("cr2", 0x77)
+    cpu.write("cr8", 3)
+    assert cpu.read("cr8") == 3
     cpu.write("rflags", 0x202)
     assert [cpu.read(name) for name in GPR_NAMES] == list(range(1, 17))
     assert (cpu.read("cr2"), cpu.read("rflags")) == (0x77, 0x202)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from kvmlaunch.cli.inside import Inside, add_inside_options, describe_end
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
 from kvmlaunch.errors import FormatError
@@ -61,6 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end with code 124")
     group.add_argument("--ioctls", action="store_true", help="put every call into the log, too")
+    add_inside_options(parser)
     parser.set_defaults(command=_run)
 
 
@@ -77,6 +79,7 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     )
     if args.sim_fault and choice.platform.name != "sim":
         raise FormatError("--sim-fault is for the simulated host: add --platform sim")
+    inside = Inside(args, choice.platform)
     talk.say(choice.why)
     if plan.cbitpos is not None and args.cbitpos is None:
         plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
@@ -95,8 +98,11 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
                     talk.error(str(report))
                     return FAILED
                 talk.say(str(report))
-            outcome = session.run(_print_console, timeout=args.timeout)
+            outcome = inside.run(session, _print_console, talk)
+            end = describe_end(session.guest, outcome)
     (talk.say if outcome.ok else talk.error)(str(outcome))
+    for line in end:
+        talk.say(line)
     if outcome.ok:
         return DONE
     return _CODES.get(outcome.kind, FAILED)

@@ -15,6 +15,7 @@ from kvmlaunch.uapi import lib
 __all__ = ["Debugger", "Stop", "Target", "target_of"]
 
 _PAGE = 4096
+_LAST_ADDRESS = (1 << 64) - 1
 _DEBUG_REGISTERS = 4
 _POLL_SECONDS = 0.2
 
@@ -105,7 +106,7 @@ class _KvmTarget:
                 views.append(None if gpa is None else self._guest.memory_view(gpa, count))
             except KvmLaunchError:
                 views.append(None)
-            linear, size = linear + count, size - count
+            linear, size = (linear + count) & _LAST_ADDRESS, size - count
         return views
 
     def set_breakpoints(self, places: Collection[int]) -> bool:
@@ -153,7 +154,7 @@ class Debugger:
         """The outcome, once the run is over."""
         self.present = True
         """Whether somebody looks; set it to False when they leave."""
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._free: frozenset[int] = frozenset()
         self._held: set[int] = set()
         self._gone: set[int] = set()
@@ -194,6 +195,9 @@ class Debugger:
         """This vCPU doesn't come back."""
         with self._changed:
             self._gone.add(index)
+            if self._held and self._free <= self._gone:
+                # Those that could run have left, the others wait for the debugger.
+                self._stop_for(Stop(min(self._held), SIGTRAP))
             self._tell()
 
     def end(self, outcome: object) -> None:

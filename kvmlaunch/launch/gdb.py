@@ -92,7 +92,11 @@ class GdbServer:
         """GDB has gone: the guest goes on by itself."""
         debugger = self.debugger
         debugger.present = False
-        if debugger.ended is None:
+        # Its vCPUs must stand still for that: ioctls on a running one would wait.
+        while debugger.stop is None and not self.is_over():
+            debugger.interrupt()
+            self.wait_for_change()
+        if not self.is_over():
             with contextlib.suppress(KvmLaunchError):
                 debugger.detach()
 

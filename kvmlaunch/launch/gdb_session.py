@@ -81,7 +81,7 @@ class GdbSession:
             for name, handler in self._simple:
                 if packet.startswith(name):
                     return handler(packet[len(name) :])
-        except (ValueError, IndexError, KvmLaunchError):
+        except (ValueError, IndexError, OverflowError, KvmLaunchError):
             return _BAD
         return _UNKNOWN
 

@@ -118,8 +118,9 @@ class Inside:
         if args.trace_out is None:
             yield Trace(args.trace, _to_stderr, as_json=as_json)
             return
-        with open(args.trace_out, "w", encoding="utf-8", buffering=1) as file:
-            yield Trace(args.trace, file.write, as_json=as_json)
+        # Unbuffered: what was traced is there even if this process dies.
+        with open(args.trace_out, "wb", buffering=0) as file:
+            yield Trace(args.trace, lambda line: file.write(line.encode()), as_json=as_json)
 
 
 def _to_stderr(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 
 from kvmlaunch.abi.registers import GENERAL, SEGMENTS, SYSTEM
@@ -11,15 +12,9 @@ from kvmlaunch.kvm import Vcpu
 __all__ = ["format_registers", "read_registers", "write_registers"]
 
 _SREGS = tuple(name for name in SYSTEM if not name.endswith("_base"))
-_FPU = {
-    "fctrl": "fcw",
-    "fstat": "fsw",
-    "ftag": "ftwx",
-    "fop": "last_opcode",
-    "fioff": "last_ip",
-    "fooff": "last_dp",
-    "mxcsr": "mxcsr",
-}
+_FXSAVE = struct.Struct("<HHBxHQQI")
+_X87, _XMM = 32, 160
+"""Offsets in an FXSAVE image, 16 bytes for each register (APM volume 2, figure 11-9)."""
 _ROWS = (
     ("rip", "rflags", "efer"),
     ("rax", "rbx", "rcx", "rdx"),
@@ -33,16 +28,21 @@ _ROWS = (
 
 def read_registers(vcpu: Vcpu) -> dict[str, int]:
     """Registers by the ioctls of a vCPU whose state isn't encrypted. Raises IoctlError."""
-    regs, sregs, fpu = vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_fpu()
+    regs, sregs, area = vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_xsave()
     found = {name: int(regs[name]) for name in GENERAL}
     found.update((name, int(sregs[name]["selector"])) for name in SEGMENTS)
     found.update(fs_base=int(sregs["fs"]["base"]), gs_base=int(sregs["gs"]["base"]))
     found.update((name, int(sregs[name])) for name in _SREGS)
-    found.update((name, int(fpu[field]) & 0xFFFFFFFF) for name, field in _FPU.items())
+    # Not KVM_GET_FPU, which leaves MXCSR out.
+    fctrl, fstat, ftag, fop, rip, data, mxcsr = _FXSAVE.unpack_from(area)
+    found.update(fctrl=fctrl, fstat=fstat, ftag=ftag, fop=fop, mxcsr=mxcsr)
+    found.update(fioff=rip & 0xFFFFFFFF, fooff=data & 0xFFFFFFFF)
     for n in range(8):
-        found[f"st{n}"] = int.from_bytes(bytes(fpu["fpr"][n])[:10], "little")
+        at = _X87 + 16 * n
+        found[f"st{n}"] = int.from_bytes(area[at : at + 10], "little")
     for n in range(16):
-        found[f"xmm{n}"] = int.from_bytes(bytes(fpu["xmm"][n]), "little")
+        at = _XMM + 16 * n
+        found[f"xmm{n}"] = int.from_bytes(area[at : at + 16], "little")
     return found
 
 

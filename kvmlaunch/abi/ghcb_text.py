@@ -8,8 +8,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 
-from kvmlaunch.abi.ghcb import ApRequest, GhcbExit, MsrRequest, PageOperation
-from kvmlaunch.abi.ghcb_msr import decode_termination
+from .ghcb import ApRequest, GhcbExit, MsrRequest, PageOperation
+from .ghcb_msr import decode_termination
 
 __all__ = ["EVENT_REGISTERS", "describe_event", "describe_msr"]
 

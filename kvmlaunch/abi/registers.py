@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from kvmlaunch.abi.vmsa import Vmsa
+from .vmsa import Vmsa
 
 __all__ = ["GENERAL", "SEGMENTS", "SYSTEM", "flat"]
 

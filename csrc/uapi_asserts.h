@@ -188,6 +188,10 @@ KL_OFFSET(struct kvm_run, mmio.phys_addr, 0x020);
 KL_OFFSET(struct kvm_run, mmio.data, 0x028);
 KL_OFFSET(struct kvm_run, mmio.len, 0x030);
 KL_OFFSET(struct kvm_run, mmio.is_write, 0x034);
+KL_OFFSET(struct kvm_run, debug.arch.exception, 0x020);
+KL_OFFSET(struct kvm_run, debug.arch.pc, 0x028);
+KL_OFFSET(struct kvm_run, debug.arch.dr6, 0x030);
+KL_OFFSET(struct kvm_run, debug.arch.dr7, 0x038);
 KL_OFFSET(struct kvm_run, hypercall.nr, 0x020);
 KL_OFFSET(struct kvm_run, hypercall.args, 0x028);
 KL_OFFSET(struct kvm_run, hypercall.ret, 0x058);
@@ -325,6 +329,7 @@ KL_SIZE(struct kvm_lapic_state, 0x400);
 KL_SIZE(struct kvm_vcpu_events, 0x40);
 
 KL_SIZE(struct kvm_guest_debug, 0x48);
+KL_SIZE(struct kvm_debug_exit_arch, 0x20);
 
 KL_SIZE(struct kvm_irqfd, 0x20);
 

@@ -187,6 +187,12 @@
 #define KVM_MAP_GPA_RANGE_ENCRYPTED (1 << 4)
 #define KVM_MAP_GPA_RANGE_DECRYPTED (0 << 4)
 
+/* KVM_SET_GUEST_DEBUG */
+#define KVM_GUESTDBG_ENABLE 0x00000001
+#define KVM_GUESTDBG_SINGLESTEP 0x00000002
+#define KVM_GUESTDBG_USE_SW_BP 0x00010000
+#define KVM_GUESTDBG_USE_HW_BP 0x00020000
+
 /* exits */
 #define KVM_EXIT_UNKNOWN 0
 #define KVM_EXIT_EXCEPTION 1
@@ -552,6 +558,14 @@ struct kvm_guest_debug {
 	struct kvm_guest_debug_arch arch;
 };
 
+struct kvm_debug_exit_arch {
+	uint32_t exception;
+	uint32_t pad;
+	uint64_t pc;
+	uint64_t dr6;
+	uint64_t dr7;
+};
+
 struct kvm_translation {
 	uint64_t linear_address;
 	uint64_t physical_address;
@@ -688,6 +702,9 @@ struct kvm_run {
 			uint32_t len;
 			uint8_t is_write;
 		} mmio;
+		struct {
+			struct kvm_debug_exit_arch arch;
+		} debug;
 		struct {
 			uint64_t nr;
 			uint64_t args[6];

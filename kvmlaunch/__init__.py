@@ -22,10 +22,12 @@ from kvmlaunch.version import __version__
 if TYPE_CHECKING:
     from kvmlaunch.errors import KvmLaunchError
     from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
+    from kvmlaunch.launch.gdb import serve_gdb
     from kvmlaunch.launch.guest import Guest
     from kvmlaunch.launch.measure import Measurement, measure, page_records
     from kvmlaunch.launch.records import PageRecord
     from kvmlaunch.launch.run import Outcome, run_guest
+    from kvmlaunch.launch.trace import Trace
     from kvmlaunch.platforms import host_cbitpos, open_platform
     from kvmlaunch.sim import SimPlatform
     from kvmlaunch.uapi import RealPlatform, Recorder
@@ -41,6 +43,7 @@ __all__ = [
     "RealPlatform",
     "Recorder",
     "SimPlatform",
+    "Trace",
     "__version__",
     "host_cbitpos",
     "load_image",
@@ -48,6 +51,7 @@ __all__ = [
     "open_platform",
     "page_records",
     "run_guest",
+    "serve_gdb",
 ]
 
 _HOME = {
@@ -61,12 +65,14 @@ _HOME = {
     "RealPlatform": "uapi",
     "Recorder": "uapi",
     "SimPlatform": "sim",
+    "Trace": "launch.trace",
     "host_cbitpos": "platforms",
     "load_image": "images",
     "measure": "launch.measure",
     "open_platform": "platforms",
     "page_records": "launch.measure",
     "run_guest": "launch.run",
+    "serve_gdb": "launch.gdb",
 }
 
 

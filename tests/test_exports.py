@@ -226,6 +226,7 @@ def objects() -> Iterator[dict[str, Any]]:
             "Predictor": Predictor(),
             "PlanOptions": kvmlaunch.PlanOptions(),
             "SimPlatform": platform,
+            "Trace": kvmlaunch.Trace(["exits"], print),
             "RealPlatform": RealPlatform(),
             "Recorder": Recorder(platform, print),
             "Choice": open_platform("sim"),
@@ -244,6 +245,7 @@ NAMES = [
     *["Guest", "New", "Started", "Finished", "Kvm", "Vm", "Vcpu", "SevDevice", "GuestMemfd"],
     *["HostMemory", "LaunchPlan", "PageRange", "Piece", "MemoryRegion", "Vmsa", "PageRecord"],
     *["Measurement", "Predictor", "PlanOptions", "SimPlatform", "RealPlatform", "Recorder"],
+    *["Trace"],
     *["Choice", "WitnessReport", "undecided WitnessReport", "Outcome", "Outcome without a vCPU"],
     *["empty plan", "one step", "KvmLaunchError"],
 ]
@@ -288,6 +290,7 @@ EXITS = [name for name in exits.__all__ if isinstance(getattr(exits, name), type
 def test_exit_when_made_prints(name: str) -> None:
     kind = getattr(exits, name)
     samples: dict[str, Any] = {
+        "DebugExit": (1, 0x1000, 0),
         "FailEntryExit": (0, 0),
         "HypercallExit": (lib.KVM_HC_MAP_GPA_RANGE, (0, 0, 0)),
         "InternalErrorExit": (1, (), b""),

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from kvmlaunch.cli.inside import Inside, add_inside_options, describe_end
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
 from kvmlaunch.errors import FormatError
@@ -73,6 +74,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="write the attestation report that the guest prints (as examples/guests/attest does)",
     )
     group.add_argument("--ioctls", action="store_true", help="put every call into the log, too")
+    add_inside_options(parser)
     parser.set_defaults(command=_run)
 
 
@@ -91,6 +93,7 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
         raise FormatError("--sim-fault is for the simulated host: add --platform sim")
     if args.report_out is not None:
         check_folder(args.report_out)
+    inside = Inside(args, choice.platform)
     talk.say(choice.why)
     if plan.cbitpos is not None and args.cbitpos is None:
         plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
@@ -115,9 +118,12 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
                 _print_console(text)
                 printed.add(text)
 
-            outcome = session.run(console, timeout=args.timeout)
+            outcome = inside.run(session, console, talk)
+            end = describe_end(session.guest, outcome)
             digest = session.guest.digest
     (talk.say if outcome.ok else talk.error)(str(outcome))
+    for line in end:
+        talk.say(line)
     code = DONE if outcome.ok else _CODES.get(outcome.kind, FAILED)
     if args.report_out is not None and not _save_report(args.report_out, printed, digest, talk):
         return code or FAILED

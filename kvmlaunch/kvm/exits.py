@@ -9,6 +9,7 @@ from kvmlaunch.uapi import ffi, lib
 
 __all__ = [
     "ApResetHoldExit",
+    "DebugExit",
     "Exit",
     "FailEntryExit",
     "HltExit",
@@ -124,6 +125,19 @@ class ApResetHoldExit(Exit):
     """The guest holds its vCPU until a SIPI, without an in-kernel APIC (KVM_EXIT_AP_RESET_HOLD)."""
 
     reason: ClassVar[str] = "KVM_EXIT_AP_RESET_HOLD"
+
+
+@dataclass(frozen=True)
+class DebugExit(Exit):
+    """A breakpoint or a single step (KVM_EXIT_DEBUG). ``pc`` is a linear address."""
+
+    reason: ClassVar[str] = "KVM_EXIT_DEBUG"
+    exception: int
+    pc: int
+    dr6: int
+
+    def __str__(self) -> str:
+        return f"{self.reason} exception={self.exception} pc={self.pc:#x}"
 
 
 @dataclass(frozen=True)
@@ -275,7 +289,13 @@ def _memory_fault(run: Any) -> MemoryFaultExit:
     return MemoryFaultExit(int(fault.gpa), int(fault.size), private, 0)
 
 
+def _debug(run: Any) -> DebugExit:
+    arch = run.debug.arch
+    return DebugExit(int(arch.exception), int(arch.pc), int(arch.dr6))
+
+
 _DECODERS = {
+    lib.KVM_EXIT_DEBUG: _debug,
     lib.KVM_EXIT_IO: _io,
     lib.KVM_EXIT_HYPERCALL: _hypercall,
     lib.KVM_EXIT_HLT: lambda run: HltExit(),

@@ -147,6 +147,17 @@ class Vcpu(Descriptor):
         """Set the debug registers (KVM_SET_DEBUGREGS)."""
         self._set("KVM_SET_DEBUGREGS", "kvm_debugregs", values)
 
+    def set_guest_debug(self, control: int, debugregs: Sequence[int] = ()) -> None:
+        """Ask for KVM_EXIT_DEBUG: KVM_GUESTDBG_* bits, DR0 to DR7 (KVM_SET_GUEST_DEBUG)."""
+        values = {"control": control, "arch": {"debugreg": list(debugregs)}}
+        self._set("KVM_SET_GUEST_DEBUG", "kvm_guest_debug", values)
+
+    def translate(self, linear: int) -> int | None:
+        """GPA of a linear address by the vCPU's page tables; None if unmapped (KVM_TRANSLATE)."""
+        value = ffi.new("struct kvm_translation *", {"linear_address": linear})
+        self.ioctl("KVM_TRANSLATE", value)
+        return int(value.physical_address) if value.valid else None
+
     def get_fpu(self) -> dict[str, Any]:
         """Legacy FPU state (KVM_GET_FPU)."""
         return self._get("KVM_GET_FPU", "kvm_fpu")

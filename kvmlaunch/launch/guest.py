@@ -19,8 +19,9 @@ from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, appl
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
 from kvmlaunch.launch.measure import Predictor
 from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.launch.registers import read_registers
 from kvmlaunch.snp import CpuidRejected, Finished, New, Started
-from kvmlaunch.uapi import Platform, address_of, ffi, lib
+from kvmlaunch.uapi import Inspector, Platform, address_of, ffi, lib
 
 __all__ = ["Guest", "Witness", "WitnessReport"]
 
@@ -330,6 +331,22 @@ class Guest:
             backing.memory.discard(offset, size)
         elif backing.memfd is not None:
             backing.memfd.punch_hole(offset, size)
+
+    @property
+    def inspector(self) -> Inspector | None:
+        """What looks inside the guest without system calls; on a simulated host only."""
+        return self.platform.inspector(self.vm.fd)
+
+    def registers(self, vcpu: int = 0) -> dict[str, int] | None:
+        """Registers of a vCPU that isn't running (names: :mod:`kvmlaunch.abi.registers`).
+
+        None where they can't be read: on a real host those of a protected guest. Raises IoctlError.
+        """
+        inspector = self.inspector
+        if inspector is not None:
+            found = inspector.registers(vcpu)
+            return None if found is None else dict(found)
+        return None if self.state is not None else read_registers(self.vcpus[vcpu])
 
     def close(self) -> None:
         """Close every descriptor and unmap all memory; nothing happens the second time."""

@@ -7,6 +7,7 @@ import errno
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError
 from kvmlaunch.kvm import Vcpu
 from kvmlaunch.kvm.exits import (
     ApResetHoldExit,
+    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -30,12 +32,15 @@ from kvmlaunch.kvm.exits import (
 )
 from kvmlaunch.launch.checks import CHECK_CODE, FailedCheck, LastLine
 from kvmlaunch.launch.console import EXIT_PORT, Uart
+from kvmlaunch.launch.debug import Debugger
 from kvmlaunch.launch.guest import Guest
-from kvmlaunch.uapi import lib
+from kvmlaunch.launch.trace import Trace
+from kvmlaunch.uapi import ffi, lib
 
 __all__ = ["Outcome", "run_guest"]
 
 _KICK_SECONDS = 0.02
+_LAST_EXITS = 8
 _PAGE = 4096
 
 
@@ -47,7 +52,8 @@ class Outcome:
     ``timeout``, ``interrupted``, ``no-cpu``, ``failed``), ``ok`` (the guest ended
     well), ``detail`` (a sentence), ``vcpu`` and ``exit`` where one vCPU's exit
     ended it, and ``check`` where the guest says that a check of its own failed. ``no-cpu``
-    is for a simulated host without the engine that it needs.
+    is for a simulated host without the engine that it needs. ``last_exits`` are the last few
+    (vCPU, exit) of the run, the latest at the end.
     """
 
     kind: str
@@ -56,6 +62,7 @@ class Outcome:
     vcpu: int | None = None
     exit: Exit | None = None
     check: FailedCheck | None = None
+    last_exits: tuple[tuple[int, Exit], ...] = ()
 
     def __str__(self) -> str:
         where = "" if self.vcpu is None else f"vCPU {self.vcpu}: "
@@ -69,15 +76,25 @@ def run_guest(
     console: Callable[[bytes], object],
     on_exit: Callable[[int, Exit], object] = lambda vcpu, exit_: None,
     timeout: float | None = None,
+    trace: Trace | None = None,
+    debugger: Debugger | None = None,
 ) -> Outcome:
     """Run every vCPU until the guest ends.
 
     ``console`` gets what the guest prints, ``on_exit`` each exit that is more than
     port I/O; both are called from the vCPUs' threads, one call at a time.
     ``timeout`` in seconds. A KeyboardInterrupt ends the run cleanly with the
-    outcome ``interrupted``. No thread is left when this returns.
+    outcome ``interrupted``. No thread is left when this returns. ``trace`` is told every
+    exit; ``debugger`` holds the vCPUs until it lets them go.
     """
-    return _Run(guest, console, on_exit).until(timeout)
+    run = _Run(guest, console, on_exit, trace, debugger)
+    if trace is None:
+        return run.until(timeout)
+    trace.attach(guest)
+    try:
+        return run.until(timeout)
+    finally:
+        trace.detach()
 
 
 class _Run:
@@ -88,7 +105,13 @@ class _Run:
         guest: Guest,
         console: Callable[[bytes], object],
         on_exit: Callable[[int, Exit], object],
+        trace: Trace | None,
+        debugger: Debugger | None,
     ) -> None:
+        self._trace = trace
+        self._debugger = debugger
+        self._last: deque[tuple[int, Exit]] = deque(maxlen=_LAST_EXITS)
+        self._threads: list[threading.Thread] = []
         self._guest = guest
         self._console = console
         self._on_exit = on_exit
@@ -104,11 +127,13 @@ class _Run:
 
     def until(self, timeout: float | None) -> Outcome:
         deadline = None if timeout is None else time.monotonic() + timeout
-        threads = [
+        self._threads = threads = [
             threading.Thread(target=self._thread, args=(index, vcpu), name=f"vcpu-{index}")
             for index, vcpu in enumerate(self._guest.vcpus)
         ]
         lib.kl_kick_signal()
+        if self._debugger is not None:
+            self._debugger.attach(self._kick, self._kill)
         try:
             for thread in threads:
                 thread.start()
@@ -120,7 +145,7 @@ class _Run:
         if self._error is not None:
             raise self._error
         assert self._outcome is not None
-        return self._outcome
+        return replace(self._outcome, last_exits=tuple(self._last))
 
     def _wait(self, deadline: float | None, timeout: float | None) -> None:
         while not self._over.is_set():
@@ -137,6 +162,8 @@ class _Run:
             # A second Ctrl-C must not leave a thread behind in KVM_RUN.
             with contextlib.suppress(KeyboardInterrupt):
                 self._over.set()
+                if self._debugger is not None:
+                    self._debugger.end(self._outcome or self._error or "stopped")
                 for index, thread in enumerate(threads):
                     self._stop_one(index, thread)
                 stopped = True
@@ -144,17 +171,25 @@ class _Run:
     def _stop_one(self, index: int, thread: threading.Thread) -> None:
         if thread.ident is None:
             return  # never started
-        vcpu, left = self._guest.vcpus[index], self._left[index]
+        left = self._left[index]
         # Not is_alive(): before Python 3.13 a Ctrl-C inside join() turns it false at once.
         while not left.is_set():
-            vcpu.request_exit()
-            with self._ends:
-                # A signal to a thread that is gone would be undefined behaviour.
-                if not left.is_set():
-                    signal.pthread_kill(thread.ident, lib.kl_kick_signal())
+            self._kick(index)
             left.wait(_KICK_SECONDS)
         thread.join()
-        vcpu.clear_exit_request()
+        self._guest.vcpus[index].clear_exit_request()
+
+    def _kick(self, index: int) -> None:
+        """Make a vCPU leave KVM_RUN."""
+        self._guest.vcpus[index].request_exit()
+        ident = self._threads[index].ident
+        with self._ends:
+            # A signal to a thread that is gone would be undefined behaviour.
+            if ident is not None and not self._left[index].is_set():
+                signal.pthread_kill(ident, lib.kl_kick_signal())
+
+    def _kill(self) -> None:
+        self._end(Outcome("interrupted", False, "ended by the debugger"))
 
     def _end(self, outcome: Outcome) -> None:
         """The first outcome counts."""
@@ -174,19 +209,31 @@ class _Run:
             self._error = error
             self._over.set()
         finally:
+            if self._debugger is not None:
+                self._debugger.gone(index)
             with self._ends:
                 self._left[index].set()
 
     def _loop(self, index: int, vcpu: Vcpu, uart: Uart) -> None:
+        debugger, finished = self._debugger, True
+        # A trace wants to see the console's exits as well.
+        console = uart.native if self._trace is None else ffi.NULL
         while not self._over.is_set():
+            if debugger is not None and finished:
+                debugger.hold(index, vcpu)
+                if self._over.is_set():
+                    return
             try:
-                exit_ = vcpu.run(uart.native)
+                exit_ = vcpu.run(console)
             except IoctlError as error:
                 self._vcpu_failed(index, error)
                 return
+            finished = isinstance(exit_, (InterruptedExit, DebugExit))
             self._show(index, uart)
             outcome = None if exit_ is None else self._handle(index, vcpu, uart, exit_)
             if outcome is not None:
+                if debugger is not None and not outcome.ok:
+                    debugger.died(index, vcpu)
                 self._vcpu_ends(self._with_check(outcome))
                 return
 
@@ -227,6 +274,12 @@ class _Run:
         """Answer an exit; an Outcome where it ends this vCPU."""
         if isinstance(exit_, (InterruptedExit, RetryExit)):
             return None
+        if self._debugger is not None and isinstance(exit_, DebugExit):
+            self._debugger.hit(index)
+            return None
+        self._last.append((index, exit_))
+        if self._trace is not None:
+            self._trace.exit(index, exit_)
         if isinstance(exit_, IoExit):
             return self._port(index, vcpu, uart, exit_)
         if isinstance(exit_, MmioExit) and uart.owns(exit_):

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from kvmlaunch.images.plan import LaunchPlan
 from kvmlaunch.kvm.exits import Exit
+from kvmlaunch.launch.debug import Debugger
 from kvmlaunch.launch.guest import Guest, WitnessReport
 from kvmlaunch.launch.pagelog import NullLog, PageLog
 from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.run import Outcome, run_guest
+from kvmlaunch.launch.trace import Trace
 from kvmlaunch.uapi import Platform, Recorder
 
 __all__ = ["Session"]
@@ -63,9 +65,23 @@ class Session:
             self.log.flush()
         return report
 
-    def run(self, console: Callable[[bytes], object], *, timeout: float | None = None) -> Outcome:
+    def run(
+        self,
+        console: Callable[[bytes], object],
+        *,
+        timeout: float | None = None,
+        trace: Trace | None = None,
+        debugger: Debugger | None = None,
+    ) -> Outcome:
         """Run the guest to its end (see :func:`kvmlaunch.launch.run.run_guest`)."""
-        return run_guest(self.guest, console=console, on_exit=self._exit, timeout=timeout)
+        return run_guest(
+            self.guest,
+            console=console,
+            on_exit=self._exit,
+            timeout=timeout,
+            trace=trace,
+            debugger=debugger,
+        )
 
     def _note(self, record: PageRecord) -> None:
         self.log.record(record)

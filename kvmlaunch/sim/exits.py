@@ -11,6 +11,7 @@ from kvmlaunch.uapi import ffi, lib
 
 __all__ = [
     "PIO_DATA_OFFSET",
+    "debug",
     "emulation_failure",
     "fail_entry",
     "hypercall",
@@ -31,6 +32,7 @@ PIO_DATA_OFFSET = 0x1000
 
 _ENTRY_FAILED = 0xFFFFFFFF  # SVM_EXIT_ERR, which 6.12 keeps in 32 bits
 _LAST_CPU = 0
+_DEBUG_VECTOR = 1
 
 
 def io(run: Any, *, is_in: bool, port: int, size: int, count: int) -> None:
@@ -51,6 +53,13 @@ def io_data(run: Any, size: int) -> bytes:
 def put_io_data(run: Any, data: bytes) -> None:
     """Fill the data page."""
     ffi.buffer(ffi.cast("char *", run) + PIO_DATA_OFFSET, len(data))[:] = data
+
+
+def debug(run: Any, pc: int) -> None:
+    """KVM_EXIT_DEBUG before the instruction at ``pc`` (linear)."""
+    run.exit_reason = lib.KVM_EXIT_DEBUG
+    arch = run.debug.arch
+    arch.exception, arch.pc, arch.dr6, arch.dr7 = _DEBUG_VECTOR, pc, 0, 0
 
 
 def mmio(run: Any, gpa: int, size: int, data: bytes | None) -> None:

@@ -15,6 +15,7 @@ from kvmlaunch.sim.certificates import CertificateChain
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.host import Host, MachineMaker
+from kvmlaunch.sim.inspector import Inspector, inspector_of
 from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.spec import DEFAULT_PRODUCT
@@ -182,6 +183,11 @@ class SimPlatform:
             if context is None:
                 return []
             return [MeasuredPage(*page) for page in self._host.processor.measured_pages(context)]
+
+    def inspector(self, vm_fd: int) -> Inspector:
+        """What looks inside a VM: registers, memory, breakpoints, trace."""
+        with self._lock:
+            return inspector_of(self._vm_file(vm_fd).vm)
 
     def certificate_chain(self, *, vlek: bool = False) -> CertificateChain:
         """Certificates of the key that signs this host's reports, as AMD's key server has them.

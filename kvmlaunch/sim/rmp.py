@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter
+from collections.abc import Callable
 
 from kvmlaunch.abi.page import PAGE_SIZE
 
@@ -119,6 +120,8 @@ class Rmp:
         self._entries: dict[int, RmpEntry] = {}
         self._large: set[int] = set()
         self._pages_of: Counter[int] = Counter()
+        self.on_change: Callable[[RmpEntry, RmpEntry], object] | None = None
+        """Told the entry before and after each change."""
 
     def lookup(self, spa: int) -> RmpEntry:
         """Return the entry of the page at `spa`; inside a 2 MiB page, that page's."""
@@ -187,6 +190,8 @@ class Rmp:
     def store(self, spa: int, entry: RmpEntry) -> None:
         """Write an entry without asking: for the secure processor and the CPU only."""
         old = self._entries.pop(spa, _HYPERVISOR)
+        if self.on_change is not None:
+            self.on_change(old, entry)
         self._large.discard(spa)
         self._pages_of[old.asid] -= 1
         self._pages_of[entry.asid] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,8 @@ class Attributes:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._ranges: list[tuple[int, int]] = []
+        self.on_change: Callable[[int, int, bool], object] | None = None
+        """Told GPA and size of a range, and whether it is private now."""
 
     def is_private(self, gfn: int) -> bool:
         """Whether a frame has KVM_MEMORY_ATTRIBUTE_PRIVATE."""
@@ -190,6 +193,8 @@ class Attributes:
         if attributes.attributes:
             kept.append((first, end))
         self._ranges = sorted(kept)
+        if self.on_change is not None:
+            self.on_change(address, size, bool(attributes.attributes))
         self._vm.memory_changed()
 
 

@@ -14,6 +14,7 @@ from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.softcpu import (
     Access,
     Budget,
+    DebugStop,
     Event,
     FaultReason,
     Halt,
@@ -58,6 +59,7 @@ class VcpuRun:
         self._interrupt_flag = self._interruptible = False
         self._handlers: dict[type[Any], Callable[[Any], int]] = {
             Budget: self._nothing,
+            DebugStop: self._debug_stop,
             Halt: lambda event: self.halt(lib.KVM_MP_STATE_HALTED, lib.KVM_EXIT_HLT),
             InterruptWindow: self._nothing,
             InvalidState: self._fail_entry,
@@ -161,6 +163,8 @@ class VcpuRun:
         spent = cpu.ticks - before + (0 if isinstance(event, Budget) else _EXIT_TICKS)
         with vm.host.lock:
             self._take_priority(cpu)
+            if vm.inspector is not None:
+                vm.inspector.saw(vcpu, event)
             done = self._handle(event)
             self._look(cpu)
         vm.scheduler.spend(vcpu.seat, spent, keep=not done)
@@ -190,7 +194,7 @@ class VcpuRun:
         if vcpu.mp_state == lib.KVM_MP_STATE_INIT_RECEIVED:
             return 1
         vcpu.has_run = True
-        if not self._load():
+        if not self.load():
             return self._fail_entry(None)
         event = self._inject()
         if event is not None:
@@ -200,7 +204,7 @@ class VcpuRun:
             vcpu.sev_es.unmap_ghcb()
         return None
 
-    def _load(self) -> bool:
+    def load(self) -> bool:
         """Give the CPU its state, where it hasn't got it: False if VMRUN refuses it."""
         if self._loaded:
             return True
@@ -212,6 +216,8 @@ class VcpuRun:
             self.cpu = vcpu.vm.machine().new_cpu()
             if vcpu.sev_es is not None:
                 self.cpu.ghcb = vcpu.sev_es.reset_msr
+            if vcpu.vm.inspector is not None:
+                vcpu.vm.inspector.new_cpu(vcpu)
         # The GHCB MSR is the VMCB's: a new VMSA leaves it as it is.
         ghcb = self.cpu.ghcb
         if self.cpu.load(vmsa) is not None:
@@ -291,6 +297,10 @@ class VcpuRun:
 
     def _nothing(self, _event: object) -> int:
         return 1
+
+    def _debug_stop(self, _event: object) -> int:
+        exits.debug(self.vcpu.run, self.live_cpu.linear_rip)
+        return 0
 
     def _pause(self, _event: object) -> int:
         """kvm_vcpu_on_spin(): let the others go on."""

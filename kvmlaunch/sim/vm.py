@@ -24,6 +24,8 @@ from kvmlaunch.uapi import ffi, ioctl_name, lib
 if TYPE_CHECKING:
     from threading import RLock
 
+    from kvmlaunch.sim.inspector import Inspector
+
 __all__ = ["Vm", "VmFile"]
 
 _TSS_PAGES = 3 * 4096
@@ -52,6 +54,7 @@ class Vm:
         self.sev = SevVm(self)
         self.memory = VmMemory(self)
         self.scheduler = Scheduler(host.seed, self.skip_idle_time)
+        self.inspector: Inspector | None = None
         self._machine: Machine | None = None
         self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
         self._references = 0

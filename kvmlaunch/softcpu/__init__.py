@@ -16,6 +16,7 @@ package doesn't need it, making a `Machine` does.
 from .cpu import Machine, SoftCpu
 from .events import (
     Budget,
+    DebugStop,
     Event,
     FaultReason,
     Halt,
@@ -42,6 +43,7 @@ __all__ = [
     "Budget",
     "CpuOptions",
     "Cpuid",
+    "DebugStop",
     "Event",
     "FaultReason",
     "GuestMemory",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 from kvmlaunch.abi.vmsa import Vmsa
 
 from .core import Core
-from .engine import GPR_NAMES, READ, Stop
+from .engine import GPR_NAMES, READ, Stop, Watch
 from .events import (
     Budget,
     Event,
@@ -32,6 +34,7 @@ __all__ = ["Machine", "SoftCpu"]
 _EXIT_TICKS = 16
 """What a stop of the engine costs, so that no loop of exceptions runs for ever."""
 _IF = 1 << 9
+_AC = 1 << 18
 _NMI = 2
 
 
@@ -65,6 +68,18 @@ class Machine:
         self.flush()
         self._engine.flush_code()
 
+    def watch(self, ask: Watch | None, places: Collection[int] | None) -> None:
+        """Call ``ask`` before instructions (see `Engine.watch`): a `DebugStop` where it says so."""
+        self._engine.watch(ask, places)
+
+    def code(self, linear: int, size: int) -> bytes:
+        """Return what is executed at a linear address, for what `watch` calls."""
+        return self._engine.code(linear, size)
+
+    def write(self, host: int, data: bytes) -> None:
+        """Write memory of the guest, which may be code, at its host address."""
+        self._engine.write(host, data)
+
 
 class SoftCpu:
     """One CPU (at one VMPL, which the VMSA names)."""
@@ -80,6 +95,8 @@ class SoftCpu:
         self._mmio: Mmio | None = None
         self.ticks = 0
         """Ticks that this CPU has run since it was made."""
+        self.on_exception: Callable[[int, int | None], object] | None = None
+        """Told the vector and error code of each exception before the guest gets it."""
         self.want_window = False
         """Stop with `InterruptWindow` as soon as an interrupt can be injected."""
 
@@ -367,6 +384,8 @@ class SoftCpu:
     def _deliver(self, what: Delivery, address: int) -> Event | None:
         if self._stopped is not None:
             return self._stopped
+        if self.on_exception is not None and not what.external:
+            self.on_exception(what.vector, what.error_code)
         try:
             deliver(self._core, what, address)
         except TripleFault as fault:
@@ -398,6 +417,19 @@ class SoftCpu:
         except (GuestFault, HostFault, MmioFault):
             return False
         return True
+
+    def translate(self, linear: int) -> tuple[int, bool] | None:
+        """GPA of a linear address, and whether it is private; None where nothing is mapped."""
+        core = self._core
+        state, cr = core.state, core.state.cr
+        page = linear & ~0xFFF & (0xFFFFFFFFFFFFFFFF if core.long else 0xFFFFFFFF)
+        try:
+            gpa, private, _ = core.walker.walk(
+                page, READ, False, core.vmpl, cr[0], cr[3], cr[4], state.efer, state.rflags | _AC
+            )
+        except (GuestFault, HostFault):
+            return None
+        return gpa | linear & 0xFFF, private
 
     @property
     def linear_rip(self) -> int:

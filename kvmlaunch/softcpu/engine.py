@@ -8,8 +8,8 @@ means. Another engine than unicorn has to provide these classes.
 from __future__ import annotations
 
 import enum
-from collections.abc import MutableSequence
-from typing import Protocol
+from collections.abc import Callable, Collection, MutableSequence
+from typing import Protocol, TypeAlias
 
 from kvmlaunch.abi.segment import Segment
 
@@ -34,6 +34,7 @@ __all__ = [
     "EngineState",
     "Fill",
     "Stop",
+    "Watch",
 ]
 
 ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR, IDTR = range(10)
@@ -53,6 +54,9 @@ WORD_NAMES = (
 )
 """Fields of a VMSA for `EngineState.get` and `put`."""
 
+Watch: TypeAlias = Callable[[int, int], bool]
+"""(linear address, size) of an instruction -> whether to stop before it."""
+
 READ, WRITE, FETCH = 1, 2, 4
 """Kinds of access, and the rights that `Fill.fill` grants."""
 
@@ -68,6 +72,8 @@ class Stop(enum.IntEnum):
     SYSCALL = -4
     """RIP is behind SYSCALL, which did nothing yet."""
     SYSENTER = -5
+    DEBUG = -6
+    """Before an instruction, by `Engine.watch`."""
 
 
 class Fill(Protocol):
@@ -197,4 +203,19 @@ class Engine(Protocol):
 
     def flush_code(self) -> None:
         """Forget translated code: memory was written behind the engine's back."""
+        ...
+
+    def code(self, linear: int, size: int) -> bytes:
+        """Return the code at an address, for what `watch` calls; empty if it is out of reach."""
+        ...
+
+    watching: bool
+    """Whether what `watch` wants is heeded."""
+
+    def watch(self, ask: Watch | None, places: Collection[int] | None) -> None:
+        """Call ``ask`` before the instructions at these linear addresses (None: before all).
+
+        It gets address and size (0 where unknown); `run` stops for `Stop.DEBUG` where it says
+        True. An ``ask`` of None ends it.
+        """
         ...

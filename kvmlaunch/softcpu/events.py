@@ -14,6 +14,7 @@ from .memory import Access
 
 __all__ = [
     "Budget",
+    "DebugStop",
     "Event",
     "FaultReason",
     "Halt",
@@ -160,8 +161,14 @@ class Vmmcall:
     """VMMCALL, plain guests only; RIP is behind it. Write RAX before running again."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DebugStop:
+    """Before an instruction where `Machine.watch` said stop; running again asks again."""
+
+
 Event: TypeAlias = (
     Budget
+    | DebugStop
     | Halt
     | InterruptWindow
     | InvalidState

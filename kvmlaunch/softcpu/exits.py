@@ -8,7 +8,18 @@ from . import control, snp_instructions, vc
 from .core import Core
 from .decode import Instruction
 from .engine import Stop
-from .events import Event, Halt, InterruptWindow, IoRead, MsrRead, MsrWrite, Pause, VmgExit, Vmmcall
+from .events import (
+    DebugStop,
+    Event,
+    Halt,
+    InterruptWindow,
+    IoRead,
+    MsrRead,
+    MsrWrite,
+    Pause,
+    VmgExit,
+    Vmmcall,
+)
 from .faults import AC, DF, GP, NP, PF, SS_FAULT, TS, UD, VC, GuestFault
 from .inject import Delivery, deliver
 from .msr import NativeMsrs
@@ -35,6 +46,7 @@ class Exits:
         self.sev_features = 0
         self._handlers: dict[int, Callable[[int], Event | None]] = {
             Stop.BUDGET: lambda _code: None,
+            Stop.DEBUG: lambda _code: DebugStop(),
             Stop.IO: self._port_io,
             Stop.SYSCALL: lambda _code: control.syscall(core),
             Stop.SYSENTER: lambda _code: control.sysenter(core),

@@ -43,7 +43,9 @@ class Mmio:
         before = (core.linear_rip, list(core.state.gpr))
         core.scratch, core.scratch_written = (self._linear & -_PAGE, self._host), False
         core.engine.flush_tlb()
+        core.engine.watching = False  # a debugger has seen this instruction
         code = step(core)
+        core.engine.watching = True
         written, core.scratch = core.scratch_written, None
         core.engine.flush_tlb()
         done = code is None or before != (core.linear_rip, list(core.state.gpr))

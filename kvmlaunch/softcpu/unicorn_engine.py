@@ -15,14 +15,15 @@ import functools
 import importlib
 import re
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 from kvmlaunch.errors import KvmLaunchError, MissingCapability
 
 from . import _hooks
 from .decode import io_instructions
-from .engine import FETCH, READ, WRITE, EngineState, Fill, Stop
-from .unicorn_env import CONTEXT_HEADER, Env
+from .engine import FETCH, READ, WRITE, EngineState, Fill, Stop, Watch
+from .unicorn_env import CONTEXT_HEADER, Block, Env, TlbEntry, control_page
 from .unicorn_state import UnicornState
 
 _unicorn: Any = None
@@ -57,9 +58,6 @@ _INTERCEPTS = (
 )
 _PAUSE = 0x77
 _CR_READS, _CR_WRITES, _DR_READS, _DR_WRITES = 1 << 8, 1 << 0 | 1 << 4 | 1 << 8, 1 << 7, 1 << 7
-_MSRPM_FIELD = 0x48  # VMCB: msrpm_base_pa
-# FS, GS, kernel GS base, STAR, LSTAR, CSTAR, SFMASK: not intercepted.
-_NATIVE_MSRS = (*range(0xC0000081, 0xC0000085), *range(0xC0000100, 0xC0000103))
 
 _ZERO = ctypes.c_uint64(0)
 
@@ -104,32 +102,16 @@ class _RunState(ctypes.Structure):
     )
 
 
-class _TlbEntry(ctypes.Structure):
-    """uc_tlb_entry."""
-
-    _fields_ = (("address", ctypes.c_uint64), ("rights", ctypes.c_uint32))
-
-
-class _Block(ctypes.Structure):
-    """uc_tb."""
-
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("count", ctypes.c_uint16),
-        ("size", ctypes.c_uint16),
-    )
-
-
 _FILL = ctypes.CFUNCTYPE(
     ctypes.c_bool,
     ctypes.c_void_p,
     ctypes.c_uint64,
     ctypes.c_int,
-    ctypes.POINTER(_TlbEntry),
+    ctypes.POINTER(TlbEntry),
     ctypes.c_void_p,
 )
 _EDGE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.POINTER(_Block), ctypes.POINTER(_Block), ctypes.c_void_p
+    None, ctypes.c_void_p, ctypes.POINTER(Block), ctypes.POINTER(Block), ctypes.c_void_p
 )
 _CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 
@@ -157,7 +139,7 @@ class UnicornEngine:
             ctypes.c_void_p(0x1000),
         )
         self._run = _RunState(stop=ctypes.cast(_lib.uc_emu_stop, ctypes.c_void_p).value)
-        self._control = _control_page()
+        self._control = control_page()
         self._intercept = functools.reduce(
             lambda bits, code: bits | 1 << code - 0x60,
             (*_INTERCEPTS, _PAUSE) if exit_on_pause else _INTERCEPTS,
@@ -179,6 +161,10 @@ class UnicornEngine:
         self._new_io: list[tuple[int, int, list[int]]] = []
         self._stale = False
         self._skip = -1
+        self.watching = True
+        self._ask: Watch | None = None
+        self._watched: Collection[int] | None = ()
+        self._watch_hooks: list[ctypes.c_size_t] = []
         self.ticks_left = 0
         self.fault_address = 0
         self._add_hooks()
@@ -278,6 +264,22 @@ class UnicornEngine:
         """Let the next run execute what is at a linear address, although a hook is there."""
         self._skip = address
 
+    def watch(self, ask: Watch | None, places: Collection[int] | None) -> None:
+        """Call ``ask`` before the instructions at these places, or before all."""
+        for hook in self._watch_hooks:
+            self._call("uc_hook_del", hook)
+        self._ask, self._watched = ask, () if ask is None else places
+        # A range of 1 to 0 is everywhere.
+        ranges = [(1, 0)] if self._watched is None else [(at, at) for at in self._watched]
+        self._watch_hooks = [
+            self._hook(const.UC_HOOK_CODE, self._watch_callback, *range_) for range_ in ranges
+        ]
+        self.flush_code()
+
+    def code(self, linear: int, size: int) -> bytes:
+        """Return the code at an address that is being executed."""
+        return self._code(linear, size) or b""
+
     # -- callbacks; an exception must not pass through C
 
     def _on_fill(self, _uc: int, page: int, kind: int, entry: Any, _data: int) -> bool:
@@ -323,7 +325,25 @@ class UnicornEngine:
             self._error = error
             _lib.uc_emu_stop(self._handle)
 
+    def _on_watched(self, _uc: int, address: int, size: int, _data: int) -> None:
+        try:
+            if self._run.event:
+                return
+            if self.watching and self._ask is not None and self._ask(address, size):
+                self._run.event = Stop.DEBUG
+                _lib.uc_emu_stop(self._handle)
+            elif address in self._io_hooks:
+                self._stop_for_io(address)
+        except BaseException as error:
+            self._error = error
+            _lib.uc_emu_stop(self._handle)
+
     def _on_io(self, _uc: int, address: int, _size: int, _data: int) -> None:
+        # Where both hooks are, the debugger is asked first.
+        if self._watched is not None and address not in self._watched:
+            self._stop_for_io(address)
+
+    def _stop_for_io(self, address: int) -> None:
         if address != self._skip:
             self._run.event = Stop.IO
             _lib.uc_emu_stop(self._handle)
@@ -425,6 +445,7 @@ class UnicornEngine:
         self._fill_callback = _FILL(lambda *a: me._on_fill(*a))
         self._block_callback = _EDGE(lambda *a: me._on_new_block(*a))
         self._io_callback = _CODE(lambda *a: me._on_io(*a))
+        self._watch_callback = _CODE(lambda *a: me._on_watched(*a))
         self._hook(const.UC_HOOK_TLB_FILL, self._fill_callback)
         self._hook(const.UC_HOOK_EDGE_GENERATED, self._block_callback)
 
@@ -465,19 +486,6 @@ class _OnePage:
 
     def fill(self, page: int, _kind: int) -> int:
         return self._host | READ | FETCH if page == self._linear else 0
-
-
-def _control_page() -> ctypes.Array[ctypes.c_char]:
-    """A VMCB of which unicorn reads the address of the MSR permission map, and that map."""
-    page = ctypes.create_string_buffer(0x3000)
-    map_at = ctypes.addressof(page) + 0x1000
-    bits = bytearray(b"\xff" * 0x2000)
-    for index in _NATIVE_MSRS:
-        bit = 2 * (0x2000 + index - 0xC0000000)
-        bits[bit // 8] &= ~(3 << bit % 8)
-    ctypes.memmove(map_at, bytes(bits), len(bits))
-    ctypes.memmove(ctypes.addressof(page) + _MSRPM_FIELD, map_at.to_bytes(8, "little"), 8)
-    return page
 
 
 def _free_contexts(contexts: dict[int, ctypes.c_void_p]) -> None:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
 
-__all__ = ["CONTEXT_HEADER", "Env", "SegmentCache"]
+__all__ = ["CONTEXT_HEADER", "Block", "Env", "SegmentCache", "TlbEntry", "control_page"]
 
 CONTEXT_HEADER = 40
 """Bytes of a uc_context before the state."""
+
+_MSRPM_FIELD = 0x48  # VMCB: msrpm_base_pa
+# FS, GS, kernel GS base, STAR, LSTAR, CSTAR, SFMASK: not intercepted.
+_NATIVE_MSRS = (*range(0xC0000081, 0xC0000085), *range(0xC0000100, 0xC0000103))
 
 
 class SegmentCache(ctypes.Structure):
@@ -107,3 +111,32 @@ class Env(ctypes.Structure):
         ("_x_v_tpr", c_uint8),
         ("_x_retaddr", c_uint64),
     )
+
+
+class TlbEntry(ctypes.Structure):
+    """uc_tlb_entry."""
+
+    _fields_ = (("address", ctypes.c_uint64), ("rights", ctypes.c_uint32))
+
+
+class Block(ctypes.Structure):
+    """uc_tb."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("count", ctypes.c_uint16),
+        ("size", ctypes.c_uint16),
+    )
+
+
+def control_page() -> ctypes.Array[ctypes.c_char]:
+    """A VMCB of which unicorn reads the address of the MSR permission map, and that map."""
+    page = ctypes.create_string_buffer(0x3000)
+    map_at = ctypes.addressof(page) + 0x1000
+    bits = bytearray(b"\xff" * 0x2000)
+    for index in _NATIVE_MSRS:
+        bit = 2 * (0x2000 + index - 0xC0000000)
+        bits[bit // 8] &= ~(3 << bit % 8)
+    ctypes.memmove(map_at, bytes(bits), len(bits))
+    ctypes.memmove(ctypes.addressof(page) + _MSRPM_FIELD, map_at.to_bytes(8, "little"), 8)
+    return page

@@ -8,6 +8,7 @@ host both stand behind.
 from __future__ import annotations
 
 from kvmlaunch.uapi._ext import ffi, lib
+from kvmlaunch.uapi.inspection import Inspector, TraceEvent
 from kvmlaunch.uapi.ioctls import ARGUMENT, COMMAND_ARGUMENT, command_name, ioctl_name
 from kvmlaunch.uapi.memory import address_of, peek, poke
 from kvmlaunch.uapi.platform import MeasuredPage, Platform, Result, RunResult
@@ -18,12 +19,14 @@ __all__ = [
     "ARGUMENT",
     "COMMAND_ARGUMENT",
     "Call",
+    "Inspector",
     "MeasuredPage",
     "Platform",
     "RealPlatform",
     "Recorder",
     "Result",
     "RunResult",
+    "TraceEvent",
     "address_of",
     "command_name",
     "ffi",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from kvmlaunch.uapi.inspection import Inspector
+
 __all__ = ["MeasuredPage", "Platform", "Result", "RunResult"]
 
 
@@ -82,3 +84,6 @@ class Platform(Protocol):
 
         A real kernel has no call for it: there the firmware only confirms a digest.
         """
+
+    def inspector(self, vm_fd: int) -> Inspector | None:
+        """What looks inside a VM; None where only the system calls do."""

@@ -52,6 +52,9 @@ class RealPlatform:
     def measured_pages(self, vm_fd: int) -> None:
         """None: the kernel has no call that tells."""
 
+    def inspector(self, vm_fd: int) -> None:
+        """None: there are only the system calls."""
+
 
 def _result(result: Any) -> Result:
     return Result(result.ret, result.err)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmlaunch.uapi._ext import ffi
+from kvmlaunch.uapi.inspection import Inspector
 from kvmlaunch.uapi.ioctls import ARGUMENT, COMMAND_ARGUMENT, command_name, ioctl_name
 from kvmlaunch.uapi.memory import peek
 from kvmlaunch.uapi.platform import MeasuredPage, Platform, Result, RunResult
@@ -116,6 +117,10 @@ class Recorder:
     def measured_pages(self, vm_fd: int) -> Sequence[MeasuredPage] | None:
         """What the wrapped platform says."""
         return self._platform.measured_pages(vm_fd)
+
+    def inspector(self, vm_fd: int) -> Inspector | None:
+        """What the wrapped platform has."""
+        return self._platform.inspector(vm_fd)
 
     def _note(
         self,

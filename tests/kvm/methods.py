@@ -129,6 +129,8 @@ METHODS = (
     Method(Vcpu, "set_sregs", lambda w: w.vcpu.set_sregs({"cr0": 0x10}), ("KVM_SET_SREGS",)),
     Method(Vcpu, "get_debugregs", lambda w: w.vcpu.get_debugregs(), ("KVM_GET_DEBUGREGS",)),
     Method(Vcpu, "set_debugregs", lambda w: w.vcpu.set_debugregs({}), ("KVM_SET_DEBUGREGS",)),
+    Method(Vcpu, "set_guest_debug", lambda w: w.vcpu.set_guest_debug(0), ("KVM_SET_GUEST_DEBUG",)),
+    Method(Vcpu, "translate", lambda w: w.vcpu.translate(0), ("KVM_TRANSLATE",)),
     Method(Vcpu, "get_fpu", lambda w: w.vcpu.get_fpu(), ("KVM_GET_FPU",)),
     Method(Vcpu, "set_fpu", lambda w: w.vcpu.set_fpu({}), ("KVM_SET_FPU",)),
     Method(Vcpu, "get_xsave", lambda w: w.vcpu.get_xsave(), ("KVM_GET_XSAVE",)),

@@ -8,6 +8,7 @@ import pytest
 
 from kvmlaunch.kvm.exits import (
     ApResetHoldExit,
+    DebugExit,
     Exit,
     FailEntryExit,
     HltExit,
@@ -94,6 +95,13 @@ def test_mmio_when_length_is_more_than_the_field_stays_inside() -> None:
 )
 def test_mmio_when_shown_names_gpa_and_data(is_write: int, text: str) -> None:
     assert str(_mmio(phys_addr=0xFED0_0000, data=b"\1\2", len=2, is_write=is_write)) == text
+
+
+def test_debug_when_decoded_has_vector_address_and_dr6() -> None:
+    arch = {"exception": 1, "pc": 0x100000, "dr6": 0xFFFF4FF0, "dr7": 0x400}
+    exit_ = _Page("KVM_EXIT_DEBUG", debug={"arch": arch}).decode()
+    assert exit_ == DebugExit(1, 0x100000, 0xFFFF4FF0)
+    assert str(exit_) == "KVM_EXIT_DEBUG exception=1 pc=0x100000"
 
 
 def _hypercall(nr: int, *args: int) -> Exit:
@@ -236,7 +244,6 @@ def _unknown(reason: int) -> Exit:
 @pytest.mark.parametrize(
     ("reason", "text"),
     [
-        (lib.KVM_EXIT_DEBUG, "KVM_EXIT_DEBUG"),
         (lib.KVM_EXIT_SNP_REQ_CERTS, "KVM_EXIT_SNP_REQ_CERTS"),
         (lib.KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN"),
         (999, "KVM_EXIT_999"),

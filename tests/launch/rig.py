@@ -137,6 +137,9 @@ class Wrapped:
     def measured_pages(self, vm_fd: int) -> Any:
         return self.inner.measured_pages(vm_fd)
 
+    def inspector(self, vm_fd: int) -> Any:
+        return self.inner.inspector(vm_fd)
+
 
 class Accounting(Wrapped):
     """Knows which descriptors and mappings its user has not given back."""

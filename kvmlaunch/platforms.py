@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvmlaunch.errors import FormatError, KvmLaunchError
+from kvmlaunch.images import LaunchPlan
 from kvmlaunch.kvm import Kvm, SevDevice, cbitpos
 from kvmlaunch.uapi import Platform, RealPlatform
 
-__all__ = ["DEFAULT_PROFILE", "Choice", "host_cbitpos", "open_platform"]
+__all__ = ["DEFAULT_PROFILE", "Choice", "host_cbitpos", "open_platform", "profile_for"]
 
 DEFAULT_PROFILE = "6.12"
+_VMPL_PROFILE = "multi-vmpl"
 
 
 class Choice(NamedTuple):
@@ -52,6 +54,11 @@ def open_platform(
     spec = parse_spec(profile)
     sim = SimPlatform(spec.profile, product=spec.product, seed=spec.seed, faults=faults)
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
+
+
+def profile_for(plan: LaunchPlan) -> str:
+    """What to simulate for ``plan`` where nobody chose: mainline, unless it needs VMPLs."""
+    return _VMPL_PROFILE if plan.vmpls else DEFAULT_PROFILE
 
 
 def host_cbitpos(platform: Platform) -> int | None:

@@ -150,14 +150,14 @@ OWN: dict[str, dict[str, End]] = {
             why="the fake secure processor knows no guest messages",
         ),
     },
-    "multi-vmpl": {
+    "sim": {
         "vmpl": End(
             "VMPL1: may read, may not take more\nVMPL0: VMPL1 came back\n",
             "failed",
             1,
             (GHCB, "shared 1", "KVM_EXIT_MEMORY_FAULT"),
             detail="its VMPL may not use it",
-            why="this simulated host offers VMPLs, mainline KVM doesn't",
+            why="the image asks for VMPLs, which mainline KVM doesn't run",
         ),
     },
 }
@@ -167,8 +167,8 @@ VCPUS = {"smp": 4}
 
 
 def end_of(guest: str, kind: str) -> End:
-    """The end on a kind of platform: ``plain``, ``snp`` (hardware and simulated
-    mainline), ``mainline`` (over the fakes), ``multi-vmpl`` (simulated)."""
+    """The end on a kind of platform: ``plain``, ``snp`` (hardware, and mainline
+    simulated), ``mainline`` (over the fakes), ``sim`` (as ``run`` chooses it)."""
     if kind == "plain":
         return PLAIN[guest]
     return OWN.get(kind, {}).get(guest, SNP[guest])

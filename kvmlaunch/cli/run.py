@@ -50,10 +50,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--sim",
         metavar="PROFILE[,KEY=VALUE...]",
-        default="6.12",
         help="what to simulate: kernel 6.12, 6.18, 7.0, or multi-vmpl for one that runs "
-        "all VMPLs (default 6.12), seed=N for the order in "
-        "which vCPUs run (default 0), product=Milan, Genoa or Turin (default Milan)",
+        "all VMPLs (default 6.12, or multi-vmpl for an image that says it needs them), seed=N "
+        "for the order in which vCPUs run (default 0), product=Milan, Genoa or Turin "
+        "(default Milan)",
     )
     group.add_argument(
         "--sim-fault",
@@ -80,14 +80,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.launch.session import Session
-    from kvmlaunch.platforms import open_platform
+    from kvmlaunch.platforms import open_platform, profile_for
 
     confidential = args.vm_type == "snp"
     plan = plan_from(args, confidential=confidential)
     if args.ioctls and args.log is None:
         raise FormatError("--ioctls needs --log FILE")
     choice = open_platform(
-        args.platform, profile=args.sim, confidential=confidential, faults=args.sim_fault
+        args.platform,
+        profile=args.sim or profile_for(plan),
+        confidential=confidential,
+        faults=args.sim_fault,
     )
     if args.sim_fault and choice.platform.name != "sim":
         raise FormatError("--sim-fault is for the simulated host: add --platform sim")

@@ -111,6 +111,7 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
         vcpus=(vmsa,) * options.vcpus,
         paging=pvh is None,
         apic=wanted.ap_creation and options.confidential,
+        vmpls=wanted.vmpls and options.confidential,
     )
 
 

@@ -5,10 +5,12 @@
 | 1    | u64 GPA, u32 page type    | launch this page as SECRETS (5) or CPUID (6), not ZERO   |
 | 2    | none                      | the guest starts its vCPUs but the first by GHCB AP      |
 |      |                           | creation: they are held in reset until then              |
+| 3    | none                      | the guest runs other VMPLs than 0, which needs a host     |
+|      |                           | that has them                                             |
 
 The page is one that the file has no bytes for (bss), so that a loader that doesn't know
-these notes, or a plain VM, gives the guest a page of zeroes there. Whether its other vCPUs
-are held in reset is nothing that is measured.
+these notes, or a plain VM, gives the guest a page of zeroes there. What types 2 and 3 say is
+nothing that is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from kvmlaunch.images.source import ImageSource
 __all__ = ["LaunchNotes", "SpecialPage", "launch_notes"]
 
 _OWNER = b"kvmlaunch\0"
-_PAGE, _AP_CREATION = 1, 2
+_PAGE, _AP_CREATION, _VMPLS = 1, 2, 3
 _DESCRIPTOR = struct.Struct("<QI")
 _TYPES = (PageType.SECRETS, PageType.CPUID)
 
@@ -38,21 +40,24 @@ class SpecialPage(NamedTuple):
 
 
 class LaunchNotes(NamedTuple):
-    """The special ``pages`` by GPA, and whether the guest does ``ap_creation``."""
+    """The special ``pages`` by GPA, whether the guest does ``ap_creation``, runs ``vmpls``."""
 
     pages: tuple[SpecialPage, ...]
     ap_creation: bool
+    vmpls: bool
 
 
 def launch_notes(source: ImageSource, notes: Iterable[Note]) -> LaunchNotes:
     """Read the notes. Raises ImageError for one that isn't in the table, or a page named twice."""
     pages: dict[int, SpecialPage] = {}
-    ap_creation = False
+    ap_creation = vmpls = False
     for note in notes:
         if note.owner != _OWNER:
             continue
         if note.type == _AP_CREATION:
             ap_creation = True
+        elif note.type == _VMPLS:
+            vmpls = True
         elif note.type == _PAGE:
             page = _special_page(source, note)
             if page.gpa in pages:
@@ -60,7 +65,7 @@ def launch_notes(source: ImageSource, notes: Iterable[Note]) -> LaunchNotes:
             pages[page.gpa] = page
         else:
             raise source.fail(f"an unknown kvmlaunch note, type {note.type}", offset=note.offset)
-    return LaunchNotes(tuple(pages[gpa] for gpa in sorted(pages)), ap_creation)
+    return LaunchNotes(tuple(pages[gpa] for gpa in sorted(pages)), ap_creation, vmpls)
 
 
 def _special_page(source: ImageSource, note: Note) -> SpecialPage:

@@ -145,6 +145,7 @@ def build_plan(
     vcpus: Sequence[Vmsa],
     paging: bool = False,
     apic: bool = False,
+    vmpls: bool = False,
 ) -> LaunchPlan:
     """A LaunchPlan of ``source`` with everything that the options say directly.
 
@@ -165,6 +166,7 @@ def build_plan(
         id_auth=options.id_auth,
         author_key_enabled=options.author_key_enabled,
         apic=apic,
+        vmpls=vmpls,
         confidential=options.confidential,
         cbitpos=options.c_bit.bit_length() - 1 if paging and options.c_bit else None,
     )

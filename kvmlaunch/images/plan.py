@@ -207,6 +207,7 @@ class LaunchPlan:
         cbitpos: position of the C-bit in the plan's page tables; None where it has none.
         apic: the guest expects in-kernel APICs (firmware does; then HLT waits for an
             interrupt instead of ending the run), and starts its other vCPUs itself.
+        vmpls: the guest runs other VMPLs than 0, which needs a host that has them.
     """
 
     image: str
@@ -224,6 +225,7 @@ class LaunchPlan:
     confidential: bool = True
     cbitpos: int | None = None
     apic: bool = False
+    vmpls: bool = False
 
     def __post_init__(self) -> None:
         """Refuse parts that don't fit together."""

@@ -268,3 +268,15 @@ def test_run_with_another_c_bit_than_the_hosts_is_refused(cli: Cli, guests: Path
     done = cli("run", *SIM, "--cbitpos", 47, guests / "halt.elf")
     assert done.code == 2
     assert "have the C-bit at bit 47, but on this host it is bit 51" in done.err
+
+
+@pytest.mark.parametrize(
+    ("sim", "profile", "says"),
+    [([], "multi-vmpl", "VMPL1: may read"), (["--sim", "6.12"], "6.12", "VMPL0 only")],
+)
+def test_run_sim_image_that_asks_for_vmpls_gets_a_host_with_them_unless_told(
+    cli: Cli, guests: Path, sim: list[str], profile: str, says: str
+) -> None:
+    done = cli("run", *SIM, *sim, guests / "vmpl.elf")
+    assert done.err.startswith(f"platform sim ({profile}): ")
+    assert says in done.out

@@ -113,7 +113,7 @@ def test_walk_measures_what_the_command_line_measures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", GUESTS)
 def test_guest_on_the_simulated_host_ends_with_its_exit_code(name: str) -> None:
-    end = guest_ends.end_of(name, "snp")
+    end = guest_ends.end_of(name, "sim")
     done = run_guest(name, end, "--platform", "sim")
     assert re.search(r"^prediction and host agree on all [0-9]+ pages$", done.stderr, re.MULTILINE)
     assert end.detail in done.stderr

@@ -124,7 +124,7 @@ def test_note_when_its_size_is_wrong_is_refused(size: int) -> None:
     assert f"a kvmlaunch note for a page has {size} bytes, not 12" in refusal(note(1, bytes(size)))
 
 
-@pytest.mark.parametrize("kind", [0, 3, 0xFFFFFFFF])
+@pytest.mark.parametrize("kind", [0, 4, 0xFFFFFFFF])
 def test_note_when_its_type_is_unknown_is_refused(kind: int) -> None:
     assert f"an unknown kvmlaunch note, type {kind}" in refusal(note(kind, b""))
 
@@ -145,5 +145,20 @@ def test_ap_creation_when_asked_for_brings_apics_to_an_snp_guest(
     assert plan(*notes, confidential=confidential).apic is apic
 
 
-def test_ap_creation_when_asked_for_is_nothing_that_is_measured() -> None:
-    assert measure(plan(note(2, b""))).digest == measure(plan()).digest
+@pytest.mark.parametrize(
+    ("notes", "confidential", "vmpls"),
+    [
+        ((note(3, b""),), True, True),
+        ((note(3, b""),), False, False),
+        ((note(2, b""),), True, False),
+    ],
+)
+def test_vmpls_when_asked_for_are_for_an_snp_guest(
+    notes: tuple[bytes, ...], confidential: bool, vmpls: bool
+) -> None:
+    assert plan(*notes, confidential=confidential).vmpls is vmpls
+
+
+@pytest.mark.parametrize("kind", [2, 3])
+def test_note_when_it_names_no_page_is_nothing_that_is_measured(kind: int) -> None:
+    assert measure(plan(note(kind, b""))).digest == measure(plan()).digest

@@ -91,7 +91,7 @@ def test_vmpl_when_the_simulated_host_has_vmpls_ends_at_what_vmpl1_must_not(
     guests: Path,
 ) -> None:
     run = Run("vmpl", guests, require_simulated_cpu("multi-vmpl"), confidential=True)
-    guest_ends.check(guest_ends.end_of("vmpl", "multi-vmpl"), run.outcome, run.text, run.exits)
+    guest_ends.check(guest_ends.end_of("vmpl", "sim"), run.outcome, run.text, run.exits)
 
 
 def test_failed_check_when_an_snp_guest_reaches_the_host_with_its_values(

@@ -261,7 +261,7 @@ static inline void cpuid(u32 function, u32 index, u32 out[4])
 /*
  * Notes for kvmlaunch's ELF loader (kvmlaunch/images/launchnote.py). LAUNCH_PAGE() defines a page
  * of this type, which the host launches with it where it would launch a page of zeroes; AP_CREATION
- * says that an SNP guest starts its other vCPUs itself.
+ * says that an SNP guest starts its other vCPUs itself, VMPLS that it runs other VMPLs than 0.
  */
 #define PAGE_SECRETS 5
 #define PAGE_CPUID 6
@@ -278,6 +278,7 @@ static inline void cpuid(u32 function, u32 index, u32 out[4])
 	LAUNCH_NOTE(1, 12, ".quad " #name "\n.long " #type)
 #define LAUNCH_PAGE(name, type) LAUNCH_PAGE_(name, type)
 #define LAUNCH_AP_CREATION LAUNCH_NOTE(2, 0, "")
+#define LAUNCH_VMPLS LAUNCH_NOTE(3, 0, "")
 
 #endif
 #endif

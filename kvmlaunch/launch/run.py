@@ -283,7 +283,7 @@ class _Run:
         if isinstance(exit_, IoExit):
             return self._port(index, vcpu, uart, exit_)
         if isinstance(exit_, MmioExit) and uart.owns(exit_):
-            data = uart.access(exit_)
+            data = self._console_access(index, uart, exit_)
             if data:
                 vcpu.complete_mmio(data)
             return None
@@ -293,9 +293,15 @@ class _Run:
             return self._hypercall(index, vcpu, exit_)
         return _final(self._guest, index, exit_)
 
+    def _console_access(self, index: int, uart: Uart, exit_: IoExit | MmioExit) -> bytes:
+        """Do it, and show it before another vCPU prints."""
+        data = uart.access(exit_)
+        self._show(index, uart)
+        return data
+
     def _port(self, index: int, vcpu: Vcpu, uart: Uart, exit_: IoExit) -> Outcome | None:
         if uart.owns(exit_):
-            data = uart.access(exit_)
+            data = self._console_access(index, uart, exit_)
         elif exit_.port == EXIT_PORT and exit_.is_write:
             with self._talking:
                 self._on_exit(index, exit_)

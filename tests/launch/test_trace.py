@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.launch.symbols import Symbols
 from kvmlaunch.launch.trace import Trace
 from kvmlaunch.uapi import Platform
+from tests import guest_ends
 from tests.host import require_kvm, require_simulated_cpu
 from tests.images.builders import Seg, elf64
 
@@ -50,6 +52,16 @@ def test_exits_when_host_is_real_come_with_rip_of_a_plain_guest() -> None:
     assert events[0]["vcpu"] == 0
     assert events[0]["detail"] == "out port=0xf4 size=1 count=1 data=00"
     assert events[0]["rip"] in (hex(START + 2), hex(START + 4))
+
+
+def test_console_when_traced_has_the_lines_of_several_vcpus_in_order(guests: Path) -> None:
+    plan = load_image(guests / "smp.elf", PlanOptions(memory=guest_ends.MEMORY, vcpus=4))
+    console = bytearray()
+    with Guest(plan, require_simulated_cpu()) as guest:
+        guest.launch()
+        trace = Trace(["exits"], lambda line: None)
+        outcome = run_guest(guest, console=console.extend, timeout=20, trace=trace)
+    assert (outcome.ok, console.decode()) == (True, guest_ends.SNP["smp"].text)
 
 
 def test_exits_when_console_is_used_show_each_byte() -> None:

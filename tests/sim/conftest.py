@@ -8,6 +8,9 @@ from functools import cache
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from .driver import simulated
+from .one_vcpu import Machine
+
 _generate = rsa.generate_private_key
 
 
@@ -21,3 +24,10 @@ def few_rsa_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three RSA keys for all tests: one takes up to a second, and no test wants a fresh one."""
     numbers = itertools.count()
     monkeypatch.setattr(rsa, "generate_private_key", lambda *_: _key(next(numbers) % 3))
+
+
+@pytest.fixture
+def machine():
+    """A plain VM with one vCPU."""
+    with simulated() as platform:
+        yield Machine(platform)

@@ -56,9 +56,15 @@ def open_platform(
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
 
 
-def profile_for(plan: LaunchPlan) -> str:
-    """What to simulate for ``plan`` where nobody chose: mainline, unless it needs VMPLs."""
-    return _VMPL_PROFILE if plan.vmpls else DEFAULT_PROFILE
+def profile_for(plan: LaunchPlan, asked: str | None = None) -> str:
+    """What to simulate for ``plan``: what was asked for, where that names a kernel.
+
+    Else mainline, unless the plan needs VMPLs, with the settings that were asked for.
+    """
+    default = _VMPL_PROFILE if plan.vmpls else DEFAULT_PROFILE
+    if not asked:
+        return default
+    return f"{default},{asked}" if "=" in asked.split(",")[0] else asked
 
 
 def host_cbitpos(platform: Platform) -> int | None:

@@ -49,7 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument(
         "--sim",
-        metavar="PROFILE[,KEY=VALUE...]",
+        metavar="[PROFILE][,KEY=VALUE...]",
         help="what to simulate: kernel 6.12, 6.18, 7.0, or multi-vmpl for one that runs "
         "all VMPLs (default 6.12, or multi-vmpl for an image that says it needs them), seed=N "
         "for the order in which vCPUs run (default 0), product=Milan, Genoa or Turin "
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
         raise FormatError("--ioctls needs --log FILE")
     choice = open_platform(
         args.platform,
-        profile=args.sim or profile_for(plan),
+        profile=profile_for(plan, args.sim),
         confidential=confidential,
         faults=args.sim_fault,
     )

@@ -272,7 +272,11 @@ def test_run_with_another_c_bit_than_the_hosts_is_refused(cli: Cli, guests: Path
 
 @pytest.mark.parametrize(
     ("sim", "profile", "says"),
-    [([], "multi-vmpl", "VMPL1: may read"), (["--sim", "6.12"], "6.12", "VMPL0 only")],
+    [
+        ([], "multi-vmpl", "VMPL1: may read"),
+        (["--sim", "6.12"], "6.12", "VMPL0 only"),
+        (["--sim", "seed=3"], "multi-vmpl,seed=3", "VMPL1: may read"),
+    ],
 )
 def test_run_sim_image_that_asks_for_vmpls_gets_a_host_with_them_unless_told(
     cli: Cli, guests: Path, sim: list[str], profile: str, says: str

@@ -15,6 +15,15 @@ from tests import guests as guest_builder
 from tests.host import require_kvm, require_snp
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Property tests draw the same examples each time; without the plugin nothing is drawn."""
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        from hypothesis import settings
+
+        settings.register_profile("repeatable", derandomize=True)
+        settings.load_profile("repeatable")
+
+
 @pytest.fixture(scope="session")
 def guests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the built guests of examples/guests."""

@@ -21,7 +21,7 @@ from tests.images.builders import (
     pvh_note,
 )
 
-FIXED = settings(derandomize=True, max_examples=300, deadline=None)
+FIXED = settings(max_examples=300, deadline=None)
 TYPES = st.sampled_from(["auto", "flat", "elf", "ovmf"])
 MEMORY = 16 << 20
 

@@ -175,7 +175,6 @@ _nonsense = st.fixed_dictionaries(
 
 @settings(
     max_examples=200,
-    derandomize=True,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),

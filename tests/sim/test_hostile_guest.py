@@ -33,9 +33,7 @@ REASONS = {
 }
 ENDS = {lib.KVM_EXIT_HLT, lib.KVM_EXIT_SYSTEM_EVENT, lib.KVM_EXIT_INTERNAL_ERROR}
 ERRNOS = {errno.EINVAL, errno.EFAULT, errno.EIO}
-SETTINGS = settings(
-    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
-)
+SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 u64 = st.integers(0, (1 << 64) - 1)
 gpas = st.one_of(

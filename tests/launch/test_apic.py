@@ -16,7 +16,7 @@ from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import Platform
-from tests.host import require_kvm, require_simulated_cpu, require_snp
+from tests.host import require_simulated_cpu
 
 TIMEOUT = 60.0
 HARDWARE = ("/sys/module/kvm_amd", "/sys/module/kvm_intel")
@@ -42,27 +42,6 @@ def run(
             guest.launch()
         outcome = run_guest(guest, console=console.extend, timeout=timeout)
     return outcome, console.decode()
-
-
-@pytest.fixture(
-    params=[
-        *("plain-kvm", "snp-kvm"),
-        *(pytest.param(kind, marks=pytest.mark.simulated) for kind in ("plain-sim", "snp-sim")),
-    ]
-)
-def kind(request: pytest.FixtureRequest) -> tuple[Platform, bool]:
-    """A platform and whether the guest is confidential."""
-    guest, _, host = request.param.partition("-")
-    confidential = guest == "snp"
-    if host == "sim":
-        return require_simulated_cpu(), confidential
-    return (require_snp() if confidential else require_kvm()), confidential
-
-
-@pytest.fixture(params=["kvm", pytest.param("sim", marks=pytest.mark.simulated)])
-def plain_host(request: pytest.FixtureRequest) -> Platform:
-    """A platform that runs plain guests."""
-    return require_kvm() if request.param == "kvm" else require_simulated_cpu()
 
 
 def test_timer_when_set_interrupts_as_its_mode_says(

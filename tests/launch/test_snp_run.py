@@ -18,7 +18,6 @@ from kvmlaunch.kvm.exits import Exit, HypercallExit, IoExit, MmioExit, SystemEve
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.uapi import Platform, lib
-from tests.host import require_kvm, require_simulated_cpu, require_snp
 
 MEMORY = 16 << 20
 TIMEOUT = 60.0
@@ -31,36 +30,6 @@ FIRST_BYTES = {
 }
 PAGE = 4096
 ENCRYPTED = lib.KVM_MAP_GPA_RANGE_ENCRYPTED
-
-
-SIMULATED = pytest.param("sim", marks=pytest.mark.simulated)
-
-
-@pytest.fixture(params=["kvm", SIMULATED])
-def plain_host(request: pytest.FixtureRequest) -> Platform:
-    """A platform that runs plain guests."""
-    return require_kvm() if request.param == "kvm" else require_simulated_cpu()
-
-
-@pytest.fixture(params=["kvm", SIMULATED])
-def snp_host(request: pytest.FixtureRequest) -> Platform:
-    """A platform that runs SNP guests."""
-    return require_snp() if request.param == "kvm" else require_simulated_cpu()
-
-
-@pytest.fixture(
-    params=[
-        *("plain-kvm", "snp-kvm"),
-        *(pytest.param(kind, marks=pytest.mark.simulated) for kind in ("plain-sim", "snp-sim")),
-    ]
-)
-def kind(request: pytest.FixtureRequest) -> tuple[Platform, bool]:
-    """A platform and whether the guest is confidential."""
-    guest, _, host = request.param.partition("-")
-    confidential = guest == "snp"
-    if host == "sim":
-        return require_simulated_cpu(), confidential
-    return (require_snp() if confidential else require_kvm()), confidential
 
 
 def launched(

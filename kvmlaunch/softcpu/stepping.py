@@ -44,4 +44,4 @@ def _hide_trap_flag(core: Core) -> None:
     at = state.gpr[4] + 1
     if state.bits != 64:
         at = state.base(SS) + (at & (0xFFFFFFFF if state.attrib(SS) & 0x400 else 0xFFFF))
-    core.store(at, bytes((core.load_int(at, 1) & 0xFE,)))
+    core.store(at, bytes((state.rflags >> 8 & 0xFE,)), user=state.cpl == 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmlaunch.abi.segment import Segment
 from kvmlaunch.softcpu import Halt, IoRead, Shutdown
 from tests.softcpu.model import Guest
-from tests.softcpu.tables import HANDLER, gate32, start_protected
+from tests.softcpu.tables import HANDLER, USER64, gate32, start_long, start_protected
 
 
 def test_step_when_called_executes_one_instruction() -> None:
@@ -29,6 +29,13 @@ def test_step_when_instruction_pushes_flags_hides_the_trap_flag() -> None:
     assert cpu.step() is None
     assert guest.read(0x7FFC, 4) == 2
     assert guest.read(0x7FFA, 2) == 2
+
+
+def test_step_when_user_pushes_flags_smap_does_not_matter() -> None:
+    guest = Guest(snp=True)
+    start_long(guest, b"\x9c", rsp=0x7000, cr4=0x200620, **USER64)
+    assert guest.cpu.step() is None
+    assert guest.read(0x6FF8, 8) == 2
 
 
 def test_step_when_string_is_repeated_takes_one_element() -> None:

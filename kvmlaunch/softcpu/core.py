@@ -52,9 +52,8 @@ class Core:
         self.walker = Walker(pages, options)
         self.vmpl = 0
         self.fault: GuestFault | HostFault | MmioFault | None = None
-        self.scratch: tuple[int, int] | None = None
-        """A linear page that stands for a device, and its host address: see `plain`."""
-        self.scratch_written = False
+        self.scratch: dict[int, int] = {}
+        """Linear pages that stand for devices, with host address | rights: see `mmio`."""
 
     def flush(self) -> None:
         """Forget translations: the RMP has changed."""
@@ -67,9 +66,8 @@ class Core:
         """Translate for the engine."""
         state = self.state
         cr = state.cr
-        if self.scratch is not None and page == self.scratch[0]:
-            self.scratch_written |= kind == WRITE
-            return self.scratch[1] | READ | (WRITE if self.scratch_written else 0)
+        if self.scratch and (granted := self._scratch(page, kind)):
+            return granted
         user = state.cpl == 3
         try:
             gpa, private, rights = self.walker.walk(
@@ -92,6 +90,10 @@ class Core:
             self.fault = fault
         return 0
 
+    def _scratch(self, page: int, kind: int) -> int:
+        granted = self.scratch.get(page if self.long else page & _WORD, 0)
+        return granted if granted & kind else 0
+
     def _fill_system(self, page: int, kind: int) -> int:
         """A user's instruction reads a descriptor: that is a supervisor's access."""
         try:
@@ -113,6 +115,8 @@ class Core:
         state = self.state
         cr = state.cr
         page = linear & ~_PAGE & _QUAD
+        if self.scratch and (granted := self._scratch(page, kind)):
+            return granted
         gpa, private, rights = self.walker.walk(
             page, kind, user, self.vmpl, cr[0], cr[3], cr[4], state.efer, state.rflags
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 
 from kvmlaunch.abi.vmsa import Vmsa
@@ -93,6 +94,8 @@ class SoftCpu:
         self._stopped: Event | None = InvalidState("no VMSA was loaded")
         self._pending: tuple[Delivery, int] | None = None
         self._mmio: Mmio | None = None
+        self._writes: list[MmioWrite] = []
+        """What an instruction that is done has written to devices."""
         self.ticks = 0
         """Ticks that this CPU has run since it was made."""
         self.on_exception: Callable[[int, int | None], object] | None = None
@@ -105,6 +108,7 @@ class SoftCpu:
     def load(self, vmsa: Vmsa) -> InvalidState | None:
         """Take the whole state from a VMSA, as the first VMRUN does; None if it can run."""
         self._pending = self._mmio = None
+        self._writes.clear()
         self._exits.reset()
         rule = broken_rule(vmsa, self._core.options)
         if rule is not None:
@@ -218,7 +222,7 @@ class SoftCpu:
         if self._stopped is not None:
             return self._stopped
         self._check_answered()
-        if self._pending is not None or self._mmio is not None:
+        if self._has_work_left:
             return self._before_entry()
         code = step(self._core)
         self._count(STEP_TICKS)
@@ -235,8 +239,14 @@ class SoftCpu:
         self._machine.ticks += used
         return used
 
+    @property
+    def _has_work_left(self) -> bool:
+        return bool(self._writes) or self._pending is not None or self._mmio is not None
+
     def _before_entry(self) -> Event | None:
         """Do what was left undone: an event to deliver, a device access to finish."""
+        if self._writes:
+            return self._writes.pop(0)
         if self._pending is not None:
             (what, address), self._pending = self._pending, None
             return self._deliver(what, address)
@@ -264,9 +274,7 @@ class SoftCpu:
     def _memory_fault(self) -> Event | None:
         core = self._core
         fault, core.fault = core.fault, None
-        address = core.engine.fault_address
-        if not core.long:
-            address &= 0xFFFFFFFF
+        address = self._fault_address
         if isinstance(fault, GuestFault):
             if fault.vector == PF:
                 fault.address = address
@@ -274,14 +282,17 @@ class SoftCpu:
                     fault.error_code = (fault.error_code or 0) | 2
             raise fault
         if isinstance(fault, MmioFault):
-            return self._start_mmio(address, fault)
+            return self._access_device(Mmio(core), fault)
         assert fault is not None
         event = fault.event
         if not event.walk:
-            event = type(event)(
-                event.gpa | (address & 0xFFF), event.access, event.private, event.reason
-            )
+            event = dataclasses.replace(event, gpa=event.gpa | (address & 0xFFF))
         return event
+
+    @property
+    def _fault_address(self) -> int:
+        address = self._core.engine.fault_address
+        return address if self._core.long else address & 0xFFFFFFFF
 
     def _is_change(self, fault: GuestFault) -> bool:
         """Whether a refused read is the first half of a read-modify-write."""
@@ -290,23 +301,25 @@ class SoftCpu:
         instruction = self._core.instruction()
         return instruction is not None and instruction.changes_memory
 
-    def _start_mmio(self, address: int, fault: MmioFault) -> Event | None:
-        mmio = Mmio(self._core, address, fault.gpa)
+    def _access_device(self, mmio: Mmio, fault: MmioFault) -> Event | None:
+        gpa, size = mmio.add(self._fault_address, fault)
         if fault.write:
             return self._step(mmio)
         self._exits.wait(lambda value: self._finish_read(mmio, value))
-        return MmioRead(mmio.gpa, mmio.size)
+        return MmioRead(gpa, size)
 
     def _finish_read(self, mmio: Mmio, value: int) -> None:
         mmio.provide(value)
         self._mmio = mmio
 
-    def _step(self, mmio: Mmio) -> MmioWrite | Event | None:
-        code, write = mmio.step()
-        if code is None:
-            return write
-        event = self._after_exit(code)
-        return write or event
+    def _step(self, mmio: Mmio) -> Event | None:
+        core = self._core
+        code, self._writes = mmio.step()
+        if code == Stop.MEMORY and isinstance(core.fault, MmioFault):
+            fault, core.fault = core.fault, None
+            return self._access_device(mmio, fault)
+        event = None if code is None else self._after_exit(code)
+        return self._writes.pop(0) if self._writes else event
 
     def complete(self, value: int = 0) -> None:
         """Finish the instruction of `IoRead`, `MmioRead`, `MsrRead` or `MsrWrite`.
@@ -337,8 +350,7 @@ class SoftCpu:
     def interruptible(self) -> bool:
         """Whether an interrupt can be injected now: IF set, no interrupt shadow."""
         state = self._core.state
-        blocked = self._pending is not None or self._mmio is not None or state.shadow
-        return bool(state.rflags & _IF) and not blocked
+        return bool(state.rflags & _IF) and not (self._has_work_left or state.shadow)
 
     @property
     def stop_at_cr8(self) -> bool:

@@ -248,6 +248,75 @@ def test_mmio_when_string_is_copied_goes_step_by_step() -> None:
     assert guest.memory.main[0x5000:0x5002] == b"AB"
 
 
+@pytest.mark.parametrize(
+    ("code", "events"),
+    [
+        ("8903", [MmioWrite(DEVICE + 0xFFE, 2, 0xCCDD), MmioWrite(DEVICE + 0x1000, 2, 0xAABB)]),
+        ("8b0b", [MmioRead(DEVICE + 0xFFE, 2), MmioRead(DEVICE + 0x1000, 2)]),
+        (
+            "0103",  # add [ebx],eax
+            [
+                MmioRead(DEVICE + 0xFFE, 2),
+                MmioRead(DEVICE + 0x1000, 2),
+                MmioWrite(DEVICE + 0xFFE, 2, 0x4455),
+                MmioWrite(DEVICE + 0x1000, 2, 0x2233),
+            ],
+        ),
+        ("60", [MmioWrite(DEVICE + 0xFE8, 4, 0), MmioWrite(DEVICE + 0x1000, 4, 0xC)]),
+    ],
+    ids=["write", "read", "change", "pusha"],
+)
+def test_mmio_when_it_crosses_pages_is_one_event_for_each(code: str, events: list[Event]) -> None:
+    guest = device(code, rbx=DEVICE + 0xFFE, rax=0xAABBCCDD, rcx=0xC, rsp=DEVICE + 0x1008)
+    guest.memory.mmio.add(DEVICE + 0x1000)
+    cpu = guest.cpu
+    answers = [0x7778, 0x7777]
+    for expected in events:
+        assert cpu.run(1000) == expected
+        if isinstance(expected, MmioRead):
+            assert not cpu.interruptible
+            cpu.complete(answers.pop(0))
+    assert cpu.run(1000) == Halt()
+    if code == "8b0b":
+        assert cpu.read("rcx") == 0x77777778
+
+
+def test_mmio_when_two_writes_are_left_nothing_comes_between() -> None:
+    guest = device("8903", rbx=DEVICE + 0xFFE, rflags=0x202)
+    guest.memory.mmio.add(DEVICE + 0x1000)
+    assert isinstance(guest.cpu.run(1000), MmioWrite)
+    assert not guest.cpu.interruptible
+    assert guest.cpu.step() == MmioWrite(DEVICE + 0x1000, 2, 0)
+    assert guest.cpu.interruptible
+
+
+@pytest.mark.parametrize("to", [DEVICE + 0x1000, DEVICE + 0x100], ids=["another page", "same page"])
+def test_mmio_when_copied_from_device_to_device_reads_then_writes(to: int) -> None:
+    guest = device("a5", rsi=DEVICE, rdi=to)  # movsd
+    guest.memory.mmio.add(DEVICE + 0x1000)
+    cpu = guest.cpu
+    assert cpu.run(1000) == MmioRead(DEVICE, 4)
+    cpu.complete(0x12345678)
+    assert cpu.run(1000) == MmioWrite(to, 4, 0x12345678)
+    assert cpu.run(1000) == Halt()
+
+
+def test_mmio_when_flags_are_pushed_leaves_no_access_behind() -> None:
+    """What stands for the device while one instruction runs must not be the guest's later."""
+    guest = device("9c a108001000", rsp=DEVICE + 0x800)  # pushfd; mov eax,[DEVICE+8]
+    cpu = guest.cpu
+    assert cpu.run(1000) == MmioWrite(DEVICE + 0x7FC, 4, 2)
+    assert cpu.run(1000) == MmioRead(DEVICE + 8, 4)
+
+
+def test_mmio_when_new_state_is_loaded_writes_are_dropped() -> None:
+    guest = device("8903", rbx=DEVICE + 0xFFE)
+    guest.memory.mmio.add(DEVICE + 0x1000)
+    assert isinstance(guest.cpu.run(1000), MmioWrite)
+    guest.start(b"\xf4")
+    assert guest.cpu.run(1000) == Halt()
+
+
 def test_mmio_when_executed_is_a_nested_fault() -> None:
     guest = device("ffe3")  # jmp ebx
     event: Event = guest.cpu.run(1000)

@@ -331,6 +331,8 @@ class SoftCpu:
             self._exits.complete(value)
         except GuestFault as fault:
             self._pending = (Delivery(fault.vector, fault.error_code), fault.address)
+        except (HostFault, MmioFault):
+            pass  # INS whose memory went away meanwhile: it is repeated, and meets that itself
 
     def refuse(self) -> None:
         """Answer `MsrRead` or `MsrWrite` with #GP(0).

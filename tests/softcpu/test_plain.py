@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from kvmlaunch.softcpu import (
+    Access,
     Event,
+    FaultReason,
     Halt,
     IoRead,
     IoWrite,
@@ -85,6 +87,28 @@ def test_ins_when_direction_is_down_stores_backwards() -> None:
     assert cpu.run(1000) == Halt()
     assert guest.memory.main[0x5000:0x5004] == b"\x22\x22\x11\x11"
     assert cpu.read("rdi") == 0x5000 - 2
+
+
+@pytest.mark.parametrize("becomes", ["absent", "device"])
+def test_ins_when_memory_goes_away_before_the_answer_meets_that(becomes: str) -> None:
+    guest = Guest(snp=False)
+    start_protected(guest, b"\x6c\xf4", rdi=0x5000, rdx=0x10)
+    gate32(guest, 13)
+    guest.put(HANDLER, b"\xf4")
+    cpu = guest.cpu
+    assert cpu.run(1000) == IoRead(0x10, 1)
+    if becomes == "device":
+        guest.memory.mmio.add(0x5000)
+    else:
+        guest.memory.size = 0x5000
+    guest.memory.flush()
+    cpu.complete(0x33)
+    event = cpu.run(1000)
+    if becomes == "device":
+        assert event == Halt()
+        assert frame32(guest, 2) == (0, 0x1000)
+    else:
+        assert event == NestedFault(0x5000, Access.WRITE, False, FaultReason.ABSENT)
 
 
 def test_string_io_when_count_is_zero_does_nothing() -> None:

@@ -106,6 +106,7 @@ class Inspector:
     @contextmanager
     def _stopped(self) -> Iterator[None]:
         with self._vm.host.gate.stopped(), self._vm.host.lock:
+            self._vm.flush_if_changed()
             yield
 
     def _cpu(self, vcpu: int) -> SoftCpu | None:

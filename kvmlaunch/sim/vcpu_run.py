@@ -107,6 +107,7 @@ class VcpuRun:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)
             vcpu.cr8 = run.cr8
+        vm.flush_if_changed()
         complete, self.complete = self.complete, None
         if complete is not None and not complete():
             return False
@@ -196,6 +197,7 @@ class VcpuRun:
         vcpu.has_run = True
         if not self.load():
             return self._fail_entry(None)
+        vcpu.vm.flush_if_changed()
         event = self._inject()
         if event is not None:
             return self._handle(event)

@@ -98,12 +98,17 @@ class Vm:
         self.host.memory_changed(code=code)
 
     def flush_if_changed(self) -> None:
-        """Let the CPUs forget what they know of memory, where that has changed."""
+        """Let the CPUs forget what they know of memory, where that has changed.
+
+        Before anything that reaches memory through them: it may be unmapped by now.
+        """
         host = self.host
+        if self._machine is None:
+            return
         if self._code_seen != host.code_generation:
-            self.machine().flush_code()
+            self._machine.flush_code()
         elif self._memory_seen != host.memory_generation:
-            self.machine().flush()
+            self._machine.flush()
         self._memory_seen, self._code_seen = host.memory_generation, host.code_generation
 
     def machine(self) -> Machine:

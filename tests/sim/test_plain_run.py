@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from struct import pack
 
 import pytest
 
@@ -246,6 +247,74 @@ def test_interrupt_of_user_space_is_delivered():
     vm.ok(vm.ioctl(vm.vcpu, lib.KVM_INTERRUPT, struct("kvm_interrupt", irq=0x20)))
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
     assert vm.regs.rbx == 0x77
+
+
+class MovingTables(Vm):
+    """32 bits with page tables in a slot of their own, which can be replaced.
+
+    They map the first 16 pages to themselves, but 0x7000 elsewhere.
+    """
+
+    TABLES, IDT, GDT = 0x100000, 0x2000, 0x3000
+
+    def __init__(self, code: bytes, *, moved_to: int) -> None:
+        super().__init__(code, code32=True)
+        self.ram.write(b"\xf4", 0x1100)
+        self.ram.write(pack("<HHHH", 0x1100, 8, 0x8E00, 0), self.IDT + 8 * 0x20)
+        self.ram.write(pack("<QQ", 0, 0x00CF9B000000FFFF), self.GDT)
+        self.tables: Memory | None = None
+        self.move(moved_to)
+        sregs = self.get(self.vcpu, lib.KVM_GET_SREGS)
+        sregs.cr0 |= 1 << 31
+        sregs.cr3 = self.TABLES
+        sregs.idt.base, sregs.idt.limit = self.IDT, 0x7FF
+        sregs.gdt.base, sregs.gdt.limit = self.GDT, 0xF
+        self.ok(self.ioctl(self.vcpu, lib.KVM_SET_SREGS, sregs))
+        self.set_regs(rsp=0x8000, rdi=0x7FF8)
+
+    def move(self, to: int) -> None:
+        """Put other tables in the place of the present ones."""
+        if self.tables is not None:
+            self._set_slot(self.tables, 0)
+        self.tables = Memory(2 * PAGE)
+        self.tables.write(pack("<I", self.TABLES + PAGE | 3), 0)
+        pages = [to if n == 7 else n * PAGE for n in range(16)]
+        self.tables.write(pack("<16I", *(page | 3 for page in pages)), PAGE)
+        self._set_slot(self.tables, 2 * PAGE)
+
+    def _set_slot(self, memory: Memory, size: int) -> None:
+        region = struct(
+            "kvm_userspace_memory_region",
+            slot=1,
+            guest_phys_addr=self.TABLES,
+            memory_size=size,
+            userspace_addr=memory.address,
+        )
+        self.ok(self.ioctl(self.vm, lib.KVM_SET_USER_MEMORY_REGION, region))
+
+
+# What the CPU knows of memory must not outlive it: user space may have unmapped it.
+
+
+def test_interrupt_goes_through_the_page_tables_of_the_present_slot():
+    vm = MovingTables(bytes.fromhex("fb f4"), moved_to=0xA000)  # sti; hlt
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    vm.move(0xB000)
+    vm.ok(vm.ioctl(vm.vcpu, lib.KVM_INTERRUPT, struct("kvm_interrupt", irq=0x20)))
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.regs.rip == 0x1101
+    assert vm.ram.read(4, 0xBFF4) == pack("<I", CODE + 2)
+    assert vm.ram.read(4, 0xAFF4) == bytes(4)
+
+
+def test_answer_to_ins_goes_through_the_page_tables_of_the_present_slot():
+    vm = MovingTables(bytes.fromhex("6c f4"), moved_to=0xA000)  # insb; hlt
+    assert vm.enter() == (OK, lib.KVM_EXIT_IO)
+    ffi.buffer(ffi.cast("char *", vm.run) + 0x1000, 1)[:] = b"\x42"
+    vm.move(0xB000)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.ram.read(1, 0xBFF8) == b"\x42"
+    assert vm.ram.read(1, 0xAFF8) == b"\0"
 
 
 def test_interrupt_window_is_an_exit_when_asked_for():

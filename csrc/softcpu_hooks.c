@@ -11,6 +11,8 @@ struct run_state {
 	int64_t ticks_left;
 	int64_t event;
 	void (*stop)(void *engine);
+	uint64_t first_block;
+	uint64_t blocks;
 };
 
 #define EVENT_BUDGET -1
@@ -27,11 +29,16 @@ static void on_block(void *engine, uint64_t address, uint32_t size, void *state)
 {
 	struct run_state *run = state;
 
-	(void)address;
-	if (run->ticks_left <= 0)
-		stop(engine, run, EVENT_BUDGET);
-	else
+	if (run->ticks_left > 0) {
 		run->ticks_left -= size;
+		if (!run->blocks++)
+			run->first_block = address;
+	} else if (run->blocks == 1 && address == run->first_block) {
+		/* Where its first instruction changes the block, it begins anew before that is done. */
+		run->blocks++;
+	} else {
+		stop(engine, run, EVENT_BUDGET);
+	}
 }
 
 static void on_interrupt(void *engine, uint32_t number, void *state)

@@ -99,6 +99,8 @@ class _RunState(ctypes.Structure):
         ("ticks_left", ctypes.c_int64),
         ("event", ctypes.c_int64),
         ("stop", ctypes.c_void_p),
+        ("first_block", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
     )
 
 
@@ -203,7 +205,7 @@ class UnicornEngine:
         self._fill, self._state = fill, state
         run, self._run.ticks_left = self._run, ticks
         while True:
-            run.event = 0
+            run.event = run.blocks = 0
             _lib.uc_context_restore(self._handle, context)
             result = _lib.uc_emu_start(
                 self._handle, ctypes.c_uint64(state.env.rip), _ZERO, _ZERO, _ZERO

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmlaunch.abi.vmsa import diff
-from kvmlaunch.softcpu import Budget, Halt, SoftCpu, VmgExit
+from kvmlaunch.softcpu import Budget, Halt, InterruptWindow, SoftCpu, VmgExit
 from tests.softcpu.model import Guest, vmsa
 from tests.softcpu.tables import gate32, gate64, start_long, start_protected
 
@@ -119,6 +119,25 @@ def test_code_when_changed_by_itself_is_seen() -> None:
     # mov byte [0x1008],0x43 (inc ebx); at 0x1007: nop; at 0x1008: inc eax -> inc ebx; hlt
     assert guest.run(bytes.fromhex("c6050810000043 90 40 f4")) == Halt()
     assert (guest.cpu.read("rax"), guest.cpu.read("rbx")) == (0, 1)
+
+
+# The engine begins a block anew for each store into it, which must not use up the budget.
+# mov byte [0x1008],5; mov eax,1 -> 5; sti; nop; hlt
+CHANGES_ITSELF = bytes.fromhex("c6050810000005 b801000000 fb 90 f4")
+
+
+def test_code_when_changed_by_itself_while_a_window_is_wanted_goes_on() -> None:
+    cpu = Guest(snp=True).start(CHANGES_ITSELF)
+    cpu.want_window = True
+    assert cpu.run(100_000) == InterruptWindow()
+    assert (cpu.read("rax"), cpu.read("rip")) == (5, 0x100E)
+
+
+def test_code_when_changed_by_itself_in_the_smallest_slices_goes_on() -> None:
+    cpu = Guest(snp=True).start(CHANGES_ITSELF)
+    events = [cpu.run(1) for _ in range(4)]
+    assert events[-1] == Halt()
+    assert cpu.read("rax") == 5
 
 
 def test_code_when_changed_by_another_cpu_is_seen() -> None:

@@ -245,9 +245,7 @@ class LocalApic:
         """WRMSR of the APIC base; False is #GP. x2APIC mode is entered from xAPIC mode only."""
         both = _HW_ENABLED | _X2APIC
         old, new = self._vcpu.state.apic_base & both, value & both
-        if self._vcpu.vm.irq.in_kernel and (
-            (old == both and new == _HW_ENABLED) or (not old and new == both)
-        ):
+        if (old == both and new == _HW_ENABLED) or (not old and new == both):
             return False
         return self._vcpu.state.apic_base_valid(value) and self.set_base(value)
 

@@ -198,6 +198,14 @@ numbers = st.one_of(
     st.integers(0, (1 << 64) - 1),
 )
 accesses = st.tuples(
+def test_base_when_user_space_has_the_apic_is_refused_as_well() -> None:
+    vm = vm_of()
+    vm.irq = Irqchips()
+    assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00800)
+    assert vm.vcpus[0].apic.guest_sets_base(0xFEE00000)
+    assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00C00)
+
+
     st.sampled_from(["msr", "read", "page", "base", "state", "time", "take", "reset"]),
     st.integers(0, 2),
     st.integers(0x7F0, 0x90F),

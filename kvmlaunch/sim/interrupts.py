@@ -177,8 +177,8 @@ def _matches(vcpu: Vcpu, destination: int, logical: bool) -> bool:
     if apic.x2apic:
         return mine >> 16 == destination >> 16 and bool(mine & destination & 0xFFFF)
     mine >>= 24
-    if apic.is_flat is None:
-        return False
+    if not apic.software_enabled:
+        return False  # not in kvm_recalculate_logical_map()
     if apic.is_flat:
         return bool(mine & destination)
     return mine >> 4 == destination >> 4 and bool(mine & destination & 0xF)

@@ -132,9 +132,9 @@ class LocalApic:
         return self[_LDR]
 
     @property
-    def is_flat(self) -> bool | None:
-        """xAPIC's model of logical destinations; None for one that isn't defined."""
-        return {_U32: True, 0x0FFFFFFF: False}.get(self[_DFR])
+    def is_flat(self) -> bool:
+        """xAPIC's model of logical destinations; KVM's map takes any other for clusters."""
+        return self[_DFR] == _U32
 
     def has_interrupt(self) -> bool:
         """Whether an interrupt is to be injected as soon as the guest takes one. No locks."""
@@ -279,7 +279,6 @@ class LocalApic:
             self[_ID], self[_LDR] = self._vcpu.id, _x2apic_ldr(self._vcpu.id)
         self.set_version()
         self._update_ppr()
-        self.timer.stop()
         self._update_mode()
         self.timer.set_divide(self[_TDCR], 0)
         self.timer.start(self[_TMICT], self[_TMCCT])
@@ -384,16 +383,21 @@ class LocalApic:
     @property
     def _mode_mask(self) -> int:
         leaf = find_leaf(self._vcpu.cpuid, 1)
-        has_deadline = leaf is not None and leaf.ecx & _TSC_DEADLINE_BIT
-        return _BOTH_MODES if has_deadline else _ONE_MODE
+        if leaf is None:
+            return 0
+        return _BOTH_MODES if leaf.ecx & _TSC_DEADLINE_BIT else _ONE_MODE
 
     def _update_mode(self) -> None:
         if self.timer.set_mode(self[_LVTT] & self._mode_mask):
             self[_TMICT] = 0
 
     def _timer_is_heard(self) -> bool:
-        """Whether the timer's interrupt would get through to the vCPU, if that takes any."""
-        return self._timer_is_on() and self[_LVTT] & 0xF0 > self[_PPR] & 0xF0
+        """Whether the timer's interrupt would get through to the vCPU, if that takes any.
+
+        Of another delivery mode, which only KVM_SET_LAPIC can give it, it is no interrupt.
+        """
+        is_fixed = Mode(self[_LVTT] & _MODE) in (Mode.FIXED, Mode.LOWEST)
+        return is_fixed and self._timer_is_on() and self[_LVTT] & 0xF0 > self[_PPR] & 0xF0
 
     def _timer_is_on(self) -> bool:
         return self.present and self.software_enabled and not self[_LVTT] & _MASKED

@@ -56,15 +56,21 @@ class Timer:
         self.divide = 1 << ((register & 3 | register >> 1 & 4) + 1 & 7)
         if self.divide == old or not self._period_ns:
             return
-        left = self._left_ns()
+        left = self._left_ns() * self.divide // old
         self._period_ns = self._to_ns(initial)
         self._limit_period()
-        # One that has expired does so once more, as KVM has it.
-        self.deadline = self._now() + self._to_ticks(left * self.divide // old)
+        # One that has expired does so once more, as KVM has it; without a count it is stopped.
+        self.deadline = self._now() + self._to_ticks(left) if self._period_ns else None
 
     def start(self, initial: int, current: int | None = None) -> None:
-        """Count down from ``initial``; a restored timer has ``current`` left."""
-        self.stop()
+        """Count down from ``initial``; a restored timer has ``current`` left.
+
+        A deadline of the TSC stays as it is.
+        """
+        self.pending = False
+        if self.mode == TSC_DEADLINE:
+            return
+        self.deadline = None
         if self.mode not in (ONE_SHOT, PERIODIC):
             return
         self._period_ns = self._to_ns(initial)
@@ -82,7 +88,7 @@ class Timer:
         """The current count."""
         if not self._period_ns:
             return 0
-        return self._left_ns() % self._period_ns // (self._cycle_ns * self.divide)
+        return self._left_ns() // (self._cycle_ns * self.divide)
 
     def expire(self) -> None:
         """Notice that it has expired; expiries of the meantime are one."""

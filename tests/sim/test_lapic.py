@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvmlaunch.uapi import lib
 KHZ = 2_000_000
 TICKS_PER_NS = 2
 PERIODIC, MASKED = 0x20000, 0x10000
+LEAF_1 = struct.pack("<10I", 1, *[0] * 9)  # kvm_cpuid_entry2, without the TSC deadline
 MIN_PERIOD_NS = 200_000  # min_timer_period_us of lapic.c
 
 
@@ -28,7 +30,7 @@ def vm_of(count: int = 1, *, x2apic: bool = True) -> Any:
     for number in range(count):
         guest = SimpleNamespace(x2apic=True)
         state = SimpleNamespace(apic_base=0xFEE00800, guest=guest, apic_base_valid=lambda _: True)
-        vcpu = SimpleNamespace(vm=vm, id=number, state=state, cpuid=b"", tsc_khz=KHZ)
+        vcpu = SimpleNamespace(vm=vm, id=number, state=state, cpuid=LEAF_1, tsc_khz=KHZ)
         vcpu.nmi_pending, vcpu.nmi_masked, vcpu.sipi_vector = 0, False, 0
         vcpu.init_pending = vcpu.sipi_pending = False
         vcpu.apic = LocalApic(vcpu)
@@ -146,6 +148,39 @@ def test_state_when_saved_and_restored_goes_on() -> None:
     assert restored.wakes_at() == 1000 + 400 * TICKS_PER_NS
 
 
+def test_state_when_saved_at_once_has_the_whole_count() -> None:
+    _, apic = started(0x40, 1000)
+    assert apic.get_state()[0x390:0x394] == (1000).to_bytes(4, "little")
+
+
+def test_timer_when_reset_is_stopped_for_good() -> None:
+    """An INIT clears the count; what ran until then is not made up for."""
+    vm, apic = started(0x40, 1000)
+    apic.reset()
+    write(apic, 0xF0, 0x1FF)
+    write(apic, 0x320, 0x40)
+    vm.guest_ticks += 100_000
+    assert apic.wakes_at() is None
+    assert taken(apic) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "nmis", "init"), [(0x400, 1, False), (0x500, 0, True), (0x700, 0, False)]
+)
+def test_timer_when_user_space_gave_it_another_mode_is_no_interrupt(
+    mode: int, nmis: int, init: bool
+) -> None:
+    vm, apic = started(0x40, 1000)
+    page = bytearray(apic.get_state())
+    struct.pack_into("<I", page, 0x320, mode | 0x40)
+    apic.set_state(bytes(page))
+    assert apic.wakes_at() is None
+    vm.guest_ticks = 100_000
+    assert taken(apic) == []
+    apic.get_state()
+    assert (vm.vcpus[0].nmi_pending, vm.vcpus[0].init_pending) == (nmis, init)
+
+
 def test_deadline_when_mode_is_off_is_dropped() -> None:
     _, apic = started(0x40000 | 0x40, 1000)  # without the CPUID bit this is one-shot
     assert apic.write_msr(0x6E0, 5000)
@@ -161,6 +196,14 @@ def test_base_when_left_out_of_order_is_refused() -> None:
     assert apic.guest_sets_base(0xFEE00000)
     assert not apic.guest_sets_base(0xFEE00C00), "only from xAPIC"
     assert apic.guest_sets_base(0xFEE00800)
+
+
+def test_base_when_user_space_has_the_apic_is_refused_as_well() -> None:
+    vm = vm_of()
+    vm.irq = Irqchips()
+    assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00800)
+    assert vm.vcpus[0].apic.guest_sets_base(0xFEE00000)
+    assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00C00)
 
 
 def test_page_when_in_x2apic_mode_is_a_hole() -> None:
@@ -198,14 +241,6 @@ numbers = st.one_of(
     st.integers(0, (1 << 64) - 1),
 )
 accesses = st.tuples(
-def test_base_when_user_space_has_the_apic_is_refused_as_well() -> None:
-    vm = vm_of()
-    vm.irq = Irqchips()
-    assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00800)
-    assert vm.vcpus[0].apic.guest_sets_base(0xFEE00000)
-    assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00C00)
-
-
     st.sampled_from(["msr", "read", "page", "base", "state", "time", "take", "reset"]),
     st.integers(0, 2),
     st.integers(0x7F0, 0x90F),

@@ -88,6 +88,11 @@ class Rig:
         words = {at: int.from_bytes(page[at : at + 4], "little") for at in range(0, 1024, 4)}
         return {hex(at): hex(word) for at, word in words.items() if word and at not in ELSEWHERE}
 
+    def is_counting(self, number: int = 0) -> bool:
+        """Whether the current count isn't zero."""
+        state = self.driver.get(self.vcpus[number], lib.KVM_GET_LAPIC)
+        return any(bytes(ffi.buffer(state.regs))[TMCCT])
+
     def set_lapic(self, page: bytes, number: int = 0) -> tuple[int, int]:
         state = struct("kvm_lapic_state")
         ffi.buffer(state.regs)[:] = page
@@ -216,6 +221,60 @@ def messages(rig: Rig) -> list[Any]:
     return seen
 
 
+def messages_to_apics_that_are_off(rig: Rig) -> list[Any]:
+    """INITs by logical destinations, some of which the spurious vector register has disabled."""
+    seen: list[Any] = []
+    off = {"rF0": 0xFF}
+    for turned_off in ((), (1,), (0, 1, 2)):
+        for destination in (1, 2, 4, 7, 0xFF):
+            for number in range(3):
+                spiv = off if number in turned_off else {}
+                page = registers(r20=number << 24, rD0=1 << 24 + number, **spiv)
+                rig.set_lapic(page, number)
+                rig.set_mp_state(0, number)
+            answer = rig.msi(0xFEE00004 | destination << 12, 0x500)
+            seen.append((turned_off, destination, answer, [rig.mp_state(n) for n in range(3)]))
+    return seen
+
+
+def models(rig: Rig) -> list[Any]:
+    """Logical destinations in clusters: KVM takes whatever isn't the flat model for that."""
+    seen: list[Any] = []
+    for model in (0x0FFFFFFF, 0x8FFFFFFF, 0):
+        for destination in (0x11, 0x12, 0x13, 0x21, 0x31, 0xFF):
+            for number in range(3):
+                logical = (0x11, 0x12, 0x21)[number] << 24
+                page = registers(r20=number << 24, rD0=logical, rE0=model)
+                rig.set_lapic(page, number)
+            answers = [rig.msi(0xFEE00004 | destination << 12, data) for data in (0x41, 0x142)]
+            seen.append((hex(model), destination, answers, [rig.lapic(n) for n in range(3)]))
+    return seen
+
+
+def timer_modes(rig: Rig) -> list[Any]:
+    """Nine minutes that are over: only a periodic timer begins anew. The mode needs CPUID."""
+    seen: list[Any] = []
+    for ecx in (None, 0, 1 << 24):
+        if ecx is not None:
+            rig.set_cpuid(ecx)
+        for mode in (0, 1 << 17, 2 << 17, 3 << 17):
+            page = registers(r320=mode | 0x10040, r380=0xFFFFFFFF, r3E0=0xA)
+            seen.append((ecx, hex(mode), rig.set_lapic(page), rig.is_counting(), rig.lapic()))
+    return seen
+
+
+def deadlines(rig: Rig) -> list[Any]:
+    """The TSC deadline, far away, when the page is set that doesn't hold it."""
+    never, deadline, one_shot = 1 << 62, 0x50040, 0x10040
+    seen: list[Any] = []
+    rig.set_cpuid(1 << 24)
+    for entry in (deadline, deadline, one_shot, deadline, 0x70040):
+        seen += [rig.set_lapic(registers(r320=entry)), rig.get_msr(0, 0x6E0)]
+        seen += [rig.set_msr(0, 0x6E0, never), rig.get_msr(0, 0x6E0)]
+        seen += [rig.set_lapic(registers(r320=entry)), rig.get_msr(0, 0x6E0), rig.lapic()]
+    return seen
+
+
 SCRIPTS = [
     fresh,
     versions,
@@ -225,6 +284,10 @@ SCRIPTS = [
     own_interrupts,
     starts,
     messages,
+    messages_to_apics_that_are_off,
+    models,
+    timer_modes,
+    deadlines,
 ]
 
 

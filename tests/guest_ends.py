@@ -92,12 +92,12 @@ SNP: dict[str, End] = {
         again=("shared 253", "private 253"),
         detail="still ran",
     ),
-    "bad-scratch": terminated("refused: 3\n", 9, GHCB, detail="was refused"),
+    "bad-scratch": terminated("", 35, GHCB, detail="was refused: invalid scratch area"),
     "bad-triple-fault": End(
         "no handlers\n", "shutdown", 1, (GHCB, "KVM_EXIT_SHUTDOWN"), detail="triple fault"
     ),
     "bad-unvalidated": terminated("", 13, GHCB, "private 1", detail="that isn't validated"),
-    "bad-version": terminated("refused: 2\n", 9, GHCB, detail="was refused"),
+    "bad-version": terminated("", 34, GHCB, detail="was refused: invalid usage"),
     "bad-vmsa-write": End(
         "running from a broken VMSA\n",
         "failed",

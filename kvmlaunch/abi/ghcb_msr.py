@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmlaunch.abi.ghcb import GhcbError
+
 __all__ = ["EXAMPLES_SET", "Termination", "decode_termination"]
 
 EXAMPLES_SET = 15
 """Reason set of the example guests."""
 
 _TERMINATE = 0x100
-_EXCEPTION = 0x80
+_REFUSED, _EXCEPTION = 0x20, 0x80
 _SETS = {
     0: "GHCB specification",
     1: "Linux",
@@ -43,7 +45,6 @@ _CODES = {
     (EXAMPLES_SET, 6): "PVALIDATE failed, or changed nothing",
     (EXAMPLES_SET, 7): "GHCB registration refused",
     (EXAMPLES_SET, 8): "the answer lacks a field, or is one to another request",
-    (EXAMPLES_SET, 9): "a request through the GHCB page was refused",
     (EXAMPLES_SET, 10): "#VC of an instruction that the runtime doesn't know",
     (EXAMPLES_SET, 11): "memory doesn't hold what was written, or isn't where it should be",
     (EXAMPLES_SET, 12): "a check failed",
@@ -51,6 +52,17 @@ _CODES = {
     (EXAMPLES_SET, 14): "the secure processor didn't answer a guest message",
     (EXAMPLES_SET, 15): "the hypervisor runs no other VMPL than 0",
     (EXAMPLES_SET, 16): "more vCPUs than the guest has room for",
+    **{
+        (EXAMPLES_SET, _REFUSED + error): f"a request through the GHCB page was refused: {why}"
+        for error, why in (
+            (GhcbError.NOT_REGISTERED, "GHCB page not registered"),
+            (GhcbError.INVALID_USAGE, "invalid usage"),
+            (GhcbError.INVALID_SCRATCH, "invalid scratch area"),
+            (GhcbError.MISSING_INPUT, "missing input"),
+            (GhcbError.INVALID_INPUT, "invalid input"),
+            (GhcbError.INVALID_EVENT, "invalid event"),
+        )
+    },
     **{(EXAMPLES_SET, _EXCEPTION + n): f"exception {n}" for n in range(32)},
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kvmlaunch.abi.ghcb_msr import Termination, decode_termination
+from tests.guests import EXAMPLES
 
 # Value of the MSR: 0x100 in bits 11:0, reason set in 15:12, reason code in 23:16.
 KNOWN = [
@@ -30,6 +33,12 @@ KNOWN = [
     (0x0EF100, 15, 14, "didn't answer a guest message"),
     (0x0FF100, 15, 15, "no other VMPL than 0"),
     (0x10F100, 15, 16, "more vCPUs"),
+    (0x21F100, 15, 0x21, "was refused: GHCB page not registered"),
+    (0x22F100, 15, 0x22, "was refused: invalid usage"),
+    (0x23F100, 15, 0x23, "was refused: invalid scratch area"),
+    (0x24F100, 15, 0x24, "was refused: missing input"),
+    (0x25F100, 15, 0x25, "was refused: invalid input"),
+    (0x26F100, 15, 0x26, "was refused: invalid event"),
     (0x8DF100, 15, 0x8D, "exception 13"),
 ]
 
@@ -78,3 +87,17 @@ def test_termination_when_it_came_through_the_ghcb_page_points_to_the_kernel_log
 @pytest.mark.parametrize("value", [0x001, 0x101, 0x014, 0xFFF])
 def test_termination_when_the_request_is_another_has_no_reason(value: int) -> None:
     assert decode_termination(value).reason_set is None
+
+
+def test_code_when_an_example_guest_has_it_is_explained_in_its_words() -> None:
+    header = (EXAMPLES / "guests" / "runtime" / "runtime.h").read_text()
+    found = re.findall(r"#define (FAIL|REFUSED)_\w+ +(\w+) +/\* ([^:*]+)(?::| \*)", header)
+    codes = {
+        int(number, 0) + (0x20 if kind == "REFUSED" else 0): text
+        for kind, number, text in found
+        if not text.startswith("plus")
+    }
+    assert sorted(codes) == [*range(1, 9), *range(10, 17), *range(0x21, 0x27)]
+    for code, text in codes.items():
+        assert f"code {code} (" in str(decode_termination(code << 16 | 0xF100))
+        assert text in str(decode_termination(code << 16 | 0xF100))

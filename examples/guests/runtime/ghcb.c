@@ -67,7 +67,7 @@ u64 ghcb_buffer(void)
 	return (u64)ghcb_page() + GHCB_BUFFER;
 }
 
-/* Returns 0, or how the host refused: REFUSED, or 1 for an exception. */
+/* Returns 0, REFUSED or RAISED_EXCEPTION. */
 u32 ghcb_try(u64 code, u64 info1, u64 info2)
 {
 	ghcb_set(GHCB_EXIT_CODE, code);
@@ -81,10 +81,14 @@ u32 ghcb_try(u64 code, u64 info1, u64 info2)
 /* A request that the host must not refuse. */
 void ghcb_exit(u64 code, u64 info1, u64 info2)
 {
-	u32 refused = ghcb_try(code, info1, info2);
-
-	if (refused == 1)
+	switch (ghcb_try(code, info1, info2)) {
+	case 0:
+		return;
+	case RAISED_EXCEPTION:
 		fail(FAIL_EXCEPTION + (ghcb_get(GHCB_INFO2) & 0x1f));
-	if (refused)
-		fail(FAIL_REFUSED);
+	case REFUSED:
+		fail(FAIL_REFUSED + (ghcb_get(GHCB_INFO2) & 0x1f));
+	default:
+		fail(FAIL_ANSWER);
+	}
 }

@@ -26,14 +26,14 @@
 #define FAIL_PVALIDATE 6     /* PVALIDATE failed, or changed nothing */
 #define FAIL_REGISTER 7      /* GHCB registration refused */
 #define FAIL_ANSWER 8        /* the answer lacks a field, or is one to another request */
-#define FAIL_REFUSED 9       /* a request through the GHCB page was refused */
 #define FAIL_VC 10           /* #VC of an instruction that the runtime doesn't know */
 #define FAIL_MEMORY 11       /* memory doesn't hold what was written, or isn't where it should be */
 #define FAIL_CHECK 12        /* a check failed: the console says which, and where */
 #define FAIL_UNVALIDATED 13  /* a private page was used that isn't validated */
 #define FAIL_MESSAGE 14      /* the secure processor didn't answer a guest message */
 #define FAIL_VMPLS 15        /* the hypervisor runs no other VMPL than 0 */
-#define FAIL_CPUS 16         /* more vCPUs than the runtime has room for */
+#define FAIL_CPUS 16         /* more vCPUs than the guest has room for */
+#define FAIL_REFUSED 0x20    /* plus one of REFUSED_*: a request through the GHCB page was refused */
 #define FAIL_EXCEPTION 0x80  /* plus the vector: an exception that nobody expected */
 
 /* Page table entries: present, writable; and a large page. */
@@ -85,11 +85,15 @@
 #define EXIT_AP_CREATION 0x80000013
 #define EXIT_RUN_VMPL 0x80000018
 
-/* A host's refusal in GHCB_INFO1, and its reasons in GHCB_INFO2. */
+/* What a host says instead of 0 in GHCB_INFO1; GHCB_INFO2 is the vector, or why it refuses. */
+#define RAISED_EXCEPTION 1
 #define REFUSED 2
-#define REFUSED_USAGE 2
-#define REFUSED_SCRATCH 3
-#define REFUSED_INPUT 5
+#define REFUSED_PAGE 1     /* GHCB page not registered */
+#define REFUSED_USAGE 2    /* invalid usage */
+#define REFUSED_SCRATCH 3  /* invalid scratch area */
+#define REFUSED_MISSING 4  /* missing input */
+#define REFUSED_INPUT 5    /* invalid input */
+#define REFUSED_EVENT 6    /* invalid event */
 
 #ifndef __ASSEMBLER__
 

@@ -5,8 +5,9 @@
  * fault, which no host can mend.
  *
  * SNP guest: "VMPL1: may read, may not take more", "VMPL0: VMPL1 came back", and the host ends it:
- *            exit code 1 (so on the simulated host, since the note below asks for VMPLs). Where the host runs no other VMPL than 0, as KVM: "this host runs VMPL0
- *            only"; "terminated" 15:15, exit code 1.
+ *            exit code 1 (so on the simulated host, since the note below asks for VMPLs).
+ *            Where the host runs no other VMPL than 0, as KVM: "this host runs VMPL0 only";
+ *            "terminated" 15:15, exit code 1.
  * plain VM:  "this guest needs SEV-SNP"; "exit-port" with 1, exit code 1.
  */
 #include "runtime/runtime.h"

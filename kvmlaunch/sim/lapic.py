@@ -282,7 +282,6 @@ class LocalApic:
         self._update_mode()
         self.timer.set_divide(self[_TDCR], 0)
         self.timer.start(self[_TMICT], self[_TMCCT])
-        self[_TMCCT] = 0
 
     # -- registers
 

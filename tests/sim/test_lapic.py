@@ -153,6 +153,38 @@ def test_state_when_saved_at_once_has_the_whole_count() -> None:
     assert apic.get_state()[0x390:0x394] == (1000).to_bytes(4, "little")
 
 
+@pytest.mark.parametrize(
+    ("x2apic", "kept"),
+    [(False, {}), (True, {0x20: 0x2000000, 0xD0: 1 << 2})],
+    ids=["xapic", "x2apic"],
+)
+def test_registers_when_reset_are_those_of_an_init(x2apic: bool, kept: dict[int, int]) -> None:
+    """kvm_lapic_reset(): the mode stays, and with it the ID and what follows from it."""
+    apic = vm_of(3, x2apic=x2apic).vcpus[2].apic
+    apic.set_state(b"\x77" * 1024)
+    apic.reset()
+    page = apic.get_state()
+    words = {at: int.from_bytes(page[at : at + 4], "little") for at in range(0, 1024, 16)}
+    reset = {0x30: 0x1050014, 0xE0: 0xFFFFFFFF, 0xF0: 0xFF}
+    masked = dict.fromkeys(range(0x320, 0x380, 0x10), MASKED)
+    known = {at for at, word in words.items() if word != 0x77777777}  # the rest is reserved
+    assert {at: words[at] for at in known if words[at]} == reset | masked | kept
+    assert {
+        0x80,
+        0xA0,
+        0xD0,
+        0x100,
+        0x180,
+        0x200,
+        0x270,
+        0x280,
+        0x300,
+        0x310,
+        0x380,
+        0x3E0,
+    } <= known
+
+
 def test_timer_when_reset_is_stopped_for_good() -> None:
     """An INIT clears the count; what ran until then is not made up for."""
     vm, apic = started(0x40, 1000)
@@ -204,6 +236,78 @@ def test_base_when_user_space_has_the_apic_is_refused_as_well() -> None:
     assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00800)
     assert vm.vcpus[0].apic.guest_sets_base(0xFEE00000)
     assert not vm.vcpus[0].apic.guest_sets_base(0xFEE00C00)
+
+
+def test_id_when_the_mode_stays_is_the_one_that_the_guest_wrote() -> None:
+    apic = vm_of(x2apic=False).vcpus[0].apic
+    assert apic.write_mmio(0xFEE00020, b"\0\0\0\x77")
+    assert apic.guest_sets_base(0xFEE00900)
+    assert apic.xapic_id == 0x77
+    assert apic.guest_sets_base(0xFEE00000)
+    assert apic.guest_sets_base(0xFEE00800)
+    assert apic.xapic_id == 0
+
+
+@pytest.mark.parametrize(
+    ("offset", "bits"),
+    [
+        (0x20, 0xFF000000),
+        (0x30, 0),
+        (0x80, 0xFF),
+        (0xA0, 0),
+        (0xD0, 0xFF000000),
+        (0xF0, 0x13FF),
+        (0x100, 0),
+        (0x280, 0),
+        (0x310, 0xFF000000),
+        (0x320, 0x310FF),
+        (0x330, 0x117FF),
+        (0x340, 0x117FF),
+        (0x350, 0x1F7FF),
+        (0x360, 0x1F7FF),
+        (0x370, 0x110FF),
+        (0x390, 0),
+        (0x3E0, 0xB),
+    ],
+)
+def test_register_when_written_in_xapic_mode_has_its_bits(offset: int, bits: int) -> None:
+    """Those that kvm_lapic_reg_write() lets through."""
+    apic = vm_of(x2apic=False).vcpus[0].apic
+    assert apic.write_mmio(0xFEE000F0, (0x1FF).to_bytes(4, "little"))
+    before = apic.read_mmio(0xFEE00000 + offset, 4)
+    for value in (0xFFFFFFFF, 0):
+        assert apic.write_mmio(0xFEE00000 + offset, value.to_bytes(4, "little"))
+        expected = (value & bits).to_bytes(4, "little") if bits else before
+        assert apic.read_mmio(0xFEE00000 + offset, 4) == expected
+
+
+def test_destination_format_when_written_has_its_four_bits() -> None:
+    apic = vm_of(x2apic=False).vcpus[0].apic
+    assert apic.write_mmio(0xFEE000E0, bytes(4))
+    assert apic.read_mmio(0xFEE000E0, 4) == b"\xff\xff\xff\x0f"
+
+
+@pytest.mark.parametrize(
+    ("gpa", "size"), [(0xFEE00080, 1), (0xFEE00080, 2), (0xFEE00080, 8), (0xFEE00084, 4)]
+)
+def test_page_when_not_written_by_aligned_words_stays(gpa: int, size: int) -> None:
+    apic = vm_of(x2apic=False).vcpus[0].apic
+    assert apic.write_mmio(gpa, b"\x55" * size)
+    assert apic.cr8 == 0
+    assert apic.write_mmio(0xFEE00080, b"\x55\0\0\0")
+    assert apic.cr8 == 5
+
+
+def test_interrupt_when_below_the_task_priority_waits_for_it() -> None:
+    apic = vm_of().vcpus[0].apic
+    write(apic, 0xF0, 0x1FF)
+    assert not apic.blocked_by_priority()
+    write(apic, 0x3F0, 0x51)
+    assert not apic.blocked_by_priority()
+    write(apic, 0x80, 0x50)
+    assert apic.blocked_by_priority()
+    write(apic, 0x80, 0x4F)
+    assert taken(apic) == [0x51]
 
 
 def test_page_when_in_x2apic_mode_is_a_hole() -> None:

@@ -1,6 +1,7 @@
 /*
- * The guest `attest` as a program of this machine: what it asks of its host goes to standard output,
- * and the answer is read from standard input. For tests of messages and AES-GCM without a guest.
+ * The guest `attest` as a program of this machine: what it asks of its host goes to standard
+ * output, and the answer is read from standard input. For tests of messages and AES-GCM without a
+ * guest.
  */
 #include <stdio.h>
 #include <stdlib.h>

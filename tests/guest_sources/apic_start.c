@@ -1,6 +1,6 @@
 /*
- * A plain VM's three other vCPUs: INIT and SIPI by the ICR of the xAPIC page, from real mode to 64 bits,
- * then interrupts between all of them.
+ * A plain VM's three other vCPUs: INIT and SIPI by the ICR of the xAPIC page, from real mode to 64
+ * bits, then interrupts between all of them.
  */
 #include "apic.h"
 

@@ -33,7 +33,7 @@
 #define FAIL_MESSAGE 14      /* the secure processor didn't answer a guest message */
 #define FAIL_VMPLS 15        /* the hypervisor runs no other VMPL than 0 */
 #define FAIL_CPUS 16         /* more vCPUs than the guest has room for */
-#define FAIL_REFUSED 0x20    /* plus one of REFUSED_*: a request through the GHCB page was refused */
+#define FAIL_REFUSED 0x20    /* plus one of REFUSED_: a request through the GHCB page was refused */
 #define FAIL_EXCEPTION 0x80  /* plus the vector: an exception that nobody expected */
 
 /* Page table entries: present, writable; and a large page. */

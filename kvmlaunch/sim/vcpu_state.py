@@ -73,9 +73,8 @@ class VcpuState:
 
     def init_event(self, signature: int | None) -> None:
         """kvm_vcpu_reset() for INIT: what a reset sets, but for FPU, MSRs, PAT and CR0.CD/NW."""
-        kept_cr0, pat = self.cr0 & (_CR0_CD | _CR0_NW), self.vmcb["g_pat"]
-        self.vmcb = Vmcb()
-        self.vmcb["g_pat"] = pat
+        kept_cr0 = self.cr0 & (_CR0_CD | _CR0_NW)
+        self.vmcb.reset()
         self.regs = dict.fromkeys(GENERAL, 0)
         self.regs["rdx"] = _RESET_RDX if signature is None else signature
         self.regs["rip"] = 0xFFF0

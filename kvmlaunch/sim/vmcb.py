@@ -73,6 +73,11 @@ class Vmcb:
 
     def __init__(self) -> None:
         self.save = bytearray(SAVE_SIZE)
+        self["g_pat"] = 0x0007040600070406
+        self.reset()
+
+    def reset(self) -> None:
+        """What INIT sets: no MSR but the bases of FS and GS."""
         for name in ("es", "ss", "ds", "fs", "gs"):
             self.put_segment(name, Segment(0, 0x0092, 0xFFFF, 0))
         self.put_segment("cs", Segment(0xF000, 0x009A, 0xFFFF, 0xFFFF0000))
@@ -83,7 +88,7 @@ class Vmcb:
         self["dr6"] = 0xFFFF0FF0
         self["dr7"] = 0x400
         self["rflags"] = 0x2
-        self["g_pat"] = 0x0007040600070406
+        self.save[_CPL] = 0
 
     def __getitem__(self, field: str) -> int:
         return int.from_bytes(self.save[_FIELDS[field] : _FIELDS[field] + 8], "little")

@@ -19,6 +19,8 @@ TMCCT = slice(0x390, 0x394)
 # Other vendors' x2APIC keeps the upper half of the ICR there too (x2apic_icr_is_split).
 ELSEWHERE = (0x304,)
 X2APIC = 1 << 10
+# STAR to SFMASK, KERNEL_GS_BASE, SYSENTER_CS, _ESP and _EIP, TSC_AUX.
+KEPT_AT_INIT = (*range(0xC0000081, 0xC0000085), 0xC0000102, 0x174, 0x175, 0x176, 0xC0000103)
 
 Script = Callable[["Rig"], list[Any]]
 
@@ -201,9 +203,13 @@ def starts(rig: Rig) -> list[Any]:
     rig.set_cpuid(1 << 21)
     rig.set_base(0, 0xFEE00D00)
     rig.set_lapic(registers(), 0)
+    kept = {0xC0000080: 1, 0x277: 0x0007040600070405, **dict.fromkeys(KEPT_AT_INIT, 3)}
+    for index, value in kept.items():
+        assert rig.set_msr(1, index, value) == 1
     seen: list[Any] = []
     for low in (0x4500, 0x8500, 0xC500, 0x4608, 0x4500, 0x4609):
         seen.append((hex(low), rig.set_msr(0, 0x830, 1 << 32 | low), rig.mp_state(1)))
+    seen += [rig.get_msr(1, index) for index in kept]
     for state in (0, 1, 2, 3, 4, 9, 5, 0):
         seen.append((state, rig.set_mp_state(state, 2), rig.mp_state(2)))
     return seen

@@ -153,6 +153,30 @@ def test_msr_after_encryption_is_readable_when_it_is_intercepted(index, leaf, do
         del keep
 
 
+# kvm_vcpu_reset() and init_vmcb(): INIT zeroes EFER and the bases of FS and GS, no other MSR.
+@pytest.mark.parametrize(
+    ("index", "value", "kept"),
+    [
+        *((index, 7, 7) for index in (0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084, 0xC0000102)),
+        *((index, 7, 7) for index in (0x174, 0x175, 0x176, TSC_AUX)),
+        (0x175, 5 << 32 | 7, 5 << 32 | 7),
+        (0x1D9, 1, 1),
+        (0x277, 0x0007040600070405, 0x0007040600070405),
+        (0xC0000080, 1, 0),
+        (0xC0000100, 7, 0),
+        (0xC0000101, 7, 0),
+    ],
+)
+def test_msr_after_init_is_kept_unless_init_sets_it(machine, index, value, kept):
+    keep, header = msrs((index, value))
+    assert machine.call("KVM_SET_MSRS", header) == (1, 0)
+    machine.platform._host.fds.get(machine.vcpu).vcpu.init_pending = True
+    machine.get(machine.vcpu, lib.KVM_GET_MP_STATE)
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == kept
+    del keep
+
+
 # CPUID2
 
 

@@ -22,19 +22,18 @@ if TYPE_CHECKING:
 
 __all__ = ["ChipKeys", "derive"]
 
-_SECRET_SIZE = 48
 # Order of P-384 (FIPS 186-4, D.1.2.4).
 _P384_ORDER = (1 << 384) - 0x389CB27E0BC8D220A7E5F24DB74F58851313E695333AD68D
 _WIDE = 64
 """Bytes from which a scalar is reduced: 16 more than the order has, so that no bias shows."""
 
 
-def derive(secret: bytes, info: bytes, size: int = KEY_SIZE) -> bytes:
+def derive(root: SecretKey, info: bytes, size: int = KEY_SIZE) -> bytes:
     """Return `size` bytes of HKDF-SHA-384 without salt."""
     from cryptography.hazmat.primitives.hashes import SHA384
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    return HKDF(SHA384(), size, salt=None, info=info).derive(secret)
+    return HKDF(SHA384(), size, salt=None, info=info).derive(root.reveal())
 
 
 class ChipKeys:
@@ -45,7 +44,7 @@ class ChipKeys:
 
     def __init__(self, random: Callable[[int], bytes]) -> None:
         self._random = random
-        self._secret = b""
+        self._secret: SecretKey | None = None
         self._signers: dict[tuple[SigningKey, int, bytes], ec.EllipticCurvePrivateKey] = {}
         self._lock = threading.Lock()
 
@@ -83,9 +82,9 @@ class ChipKeys:
                 )
             return self._signers[kind, tcb, vlek]
 
-    def _chip_secret(self) -> bytes:
-        if not self._secret:
-            self._secret = bytes(self._random(_SECRET_SIZE))
+    def _chip_secret(self) -> SecretKey:
+        if self._secret is None:
+            self._secret = SecretKey(self._random(KEY_SIZE))
         return self._secret
 
     def __repr__(self) -> str:

@@ -313,4 +313,4 @@ def _mix(root: SecretKey, guest: GuestContext, request: KeyRequest) -> SecretKey
         _MIT_VECTOR: request.launch_mit_vector.to_bytes(8, "little"),
     }
     info += b"".join(value for bit, value in choices.items() if request.fields & bit)
-    return SecretKey(derive(root.reveal(), info))
+    return SecretKey(derive(root, info))

@@ -233,7 +233,8 @@ def tracebacks(error: BaseException) -> str:
     frames = traceback.TracebackException.from_exception(error, capture_locals=True).stack
     own = [f for f in frames if "/kvmlaunch/" in f.filename and "/tests/" not in f.filename]
     assert own
-    return repr([(f.name, f.locals) for f in own]) + str(error)
+    # The locals are reprs: another repr would double their backslashes.
+    return "\n".join([str(error), *(text for f in own for text in (f.locals or {}).values())])
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ __all__ = ["from_cpu", "from_ghcb"]
 
 _U32, _U64 = 0xFFFFFFFF, (1 << 64) - 1
 _ENOSYS = 1000  # KVM_ENOSYS of uapi/linux/kvm_para.h; the others are those of errno
-_GFN_MASK = _U64 >> 12
 # uapi/linux/kvm_para.h: the hypercalls that stay in the kernel.
 _VAPIC_POLL_IRQ, _KICK_CPU, _CLOCK_PAIRING, _SEND_IPI, _SCHED_YIELD = 1, 5, 9, 10, 11
 _EFER_LMA = 1 << 10

@@ -27,8 +27,8 @@ HV_FEATURE_MULTI_VMPL = 1 << 5
 
 _INFO = 0xFFF
 _NO_PREFERRED_GFN = (1 << 52) - 1
-_ERROR = 1 << 32
-_CPUID_REGISTERS = ("rax", "rbx", "rcx", "rdx")
+_PSC_ERROR = 1 << 63  # GHCB_MSR_PSC_RESP_ERROR
+_RUN_VMPL_ERROR = 1 << 32
 _GET_TABLE, _SET_TABLE = 1, 0
 
 
@@ -92,7 +92,7 @@ def _msr_protocol(vcpu: Vcpu, state: SevEsState, value: int) -> int:
     elif request == MsrRequest.RUN_VMPL and vcpu.vm.host.profile.vmpls > 1:
         state.set_msr(MsrRequest.RUN_VMPL + 1)
         if not state.run_vmpl(value >> 32 & 0xFF):
-            state.set_msr(_ERROR | MsrRequest.RUN_VMPL + 1)
+            state.set_msr(_RUN_VMPL_ERROR | MsrRequest.RUN_VMPL + 1)
     elif request == MsrRequest.TERMINATE:
         exits.sev_term(vcpu.run, value)
         return 0
@@ -105,14 +105,14 @@ def _psc_msr(vcpu: Vcpu, state: SevEsState, value: int) -> int:
     answer = MsrRequest.PSC + 1
     possible = operation in (PageOperation.PRIVATE, PageOperation.SHARED)
     if not possible or not psc.is_exit_enabled(vcpu.vm):
-        state.set_msr(_ERROR | answer)
+        state.set_msr(_PSC_ERROR | answer)
         return 1
     attributes = lib.KVM_MAP_GPA_RANGE_PAGE_SZ_4K | psc.attribute(operation)
     clear = vcpu.vm.host.profile.hypercall_ret_cleared
     exits.hypercall(vcpu.run, (gfn * PAGE_SIZE, 1, attributes), flags=None, clear_ret=clear)
 
     def complete() -> int:
-        state.set_msr(answer | (_ERROR if vcpu.run.hypercall.ret else 0))
+        state.set_msr(answer | (_PSC_ERROR if vcpu.run.hypercall.ret else 0))
         return 1
 
     vcpu.running.complete = complete

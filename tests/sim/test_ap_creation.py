@@ -285,6 +285,17 @@ def test_vmpl_without_a_vmsa_is_refused(vmpl):
     assert rig.error == REFUSED
 
 
+def test_vmpl_without_a_vmsa_is_an_error_of_the_msr_protocol():
+    def script(cpu):
+        cpu.ghcb = 1 << 32 | 0x016
+        yield VmgExit(cpu.ghcb)
+        rig.answer = cpu.ghcb
+
+    rig = Rig(script, profile="multi-vmpl")
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
+    assert (rig.answer & 0xFFFFFFFF, rig.answer >> 32 != 0) == (0x017, True)
+
+
 def test_page_that_a_vmpl_may_not_use_is_a_memory_fault():
     def script(cpu):
         yield NestedFault(VMSA_GPA + 8, Access.WRITE, True, FaultReason.VMPL)

@@ -96,6 +96,8 @@ def test_reset_hold_without_an_apic_exits_and_says_that_no_sipi_came():
 
 # Page state change
 
+PSC_ERROR = 1 << 63 | 0x15  # GHCB_MSR_PSC_RESP_ERROR of asm/sev-common.h
+
 
 @pytest.mark.parametrize(("operation", "attributes"), [(1, 0x10), (2, 0)])
 def test_page_state_change_exits(operation, attributes):
@@ -105,7 +107,7 @@ def test_page_state_change_exits(operation, attributes):
     assert (hypercall.nr, list(hypercall.args)[:3]) == (12, [Guest.GPA, 1, attributes])
 
 
-@pytest.mark.parametrize(("ret", "wanted"), [(0, 0x15), (errno.EINVAL, 1 << 32 | 0x15)])
+@pytest.mark.parametrize(("ret", "wanted"), [(0, 0x15), (errno.EINVAL, PSC_ERROR)])
 def test_page_state_change_returns_what_user_space_says(ret, wanted):
     rig = said(1 << 52 | Guest.GPA | 0x14)
     rig.enter()
@@ -124,11 +126,11 @@ def test_page_state_change_clears_ret_in_newer_kernels_only(profile, kept):
 
 @pytest.mark.parametrize("operation", [0, 3, 4, 15])
 def test_page_state_change_of_another_kind_is_an_error(operation):
-    assert answer(operation << 52 | Guest.GPA | 0x14) == 1 << 32 | 0x15
+    assert answer(operation << 52 | Guest.GPA | 0x14) == PSC_ERROR
 
 
 def test_page_state_change_without_the_exit_is_an_error():
-    assert answer(1 << 52 | Guest.GPA | 0x14, hypercalls=False) == 1 << 32 | 0x15
+    assert answer(1 << 52 | Guest.GPA | 0x14, hypercalls=False) == PSC_ERROR
 
 
 def test_page_state_change_ignores_bits_above_the_operation():

@@ -75,8 +75,9 @@ class _Change:
         """snp_begin_psc(): the next range for user space, if there is one."""
         if not is_exit_enabled(self._vcpu.vm) or self._max > MAX_PSC_ENTRIES:
             return self._finish(_ERROR_GENERIC)
+        index = self._word16(0)
         while True:
-            index, last = self._word16(0), self._word16(2)
+            last = self._word16(2)
             if last >= self._max:
                 return self._finish(_ERROR_INVALID_HEADER)
             found = self._find(index, last)
@@ -87,7 +88,9 @@ class _Change:
             if start.operation in (PageOperation.PRIVATE, PageOperation.SHARED):
                 self._exit(start, gfn, npages)
                 return 0
-            self._mark_batch_done()  # what isn't supported counts as done
+            # What isn't supported counts as done. The index isn't read back, as the list's
+            # memory may have gone: then it would stay the same for ever.
+            index = self._mark_batch_done()
 
     def _find(self, index: int, last: int) -> tuple[_Entry, int, int, int, bool] | int:
         """The next entry with work left: entry, index, GFN, pages, large; or the final answer."""
@@ -140,14 +143,15 @@ class _Change:
         self._mark_batch_done()
         return self.go_on()
 
-    def _mark_batch_done(self) -> None:
-        """__snp_complete_one_psc()."""
+    def _mark_batch_done(self) -> int:
+        """__snp_complete_one_psc(): the index of the entry behind."""
         for index in range(self._first, self._first + self._batch):
             word = int.from_bytes(self._area.read(_offset(index), _ENTRY_SIZE), "little")
             word = word & ~0xFFF | _Entry.decode(word).npages
             self._area.write(_offset(index), word.to_bytes(_ENTRY_SIZE, "little"))
-        self._put16(0, self._first + self._batch)
-        self._batch = 0
+        behind = self._first + self._batch
+        self._put16(0, behind)
+        return behind
 
     def _finish(self, answer: int) -> int:
         self._ghcb.put("exit_info_2", answer)

@@ -153,6 +153,16 @@ def test_list_that_the_guest_changes_meanwhile_is_read_anew():
     assert rig.error == (0, BAD_HEADER)
 
 
+@pytest.mark.timeout(20)
+def test_list_whose_slot_user_space_deletes_ends():
+    """What is left of the list reads as zeros, and what is written to it is lost."""
+    rig = psc(entry(GFN), entry(GFN + 2))
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HYPERCALL)
+    rig.guest.ok(rig.guest.set_region(memory_size=0))
+    rig.run.hypercall.ret = 0
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
+
+
 def test_list_of_version_1_has_no_room_outside_the_ghcb():
     rig = asks({"code": 0x80000010, "scratch": Guest.GPA}, ghcb_version=1)
     assert ranges(rig) == ([], BAD_HEADER)

@@ -18,6 +18,7 @@ __all__ = ["mmio_read", "mmio_write", "port_io"]
 
 _IN, _STRING = 1 << 0, 1 << 2
 _INT_MAX = (1 << 31) - 1
+_U64 = (1 << 64) - 1
 _MMIO_PIECE = 8
 _KEPT_BELOW = 4  # bytes: shorter items leave the rest of RAX as it is
 
@@ -106,25 +107,36 @@ def _mmio(vcpu: Vcpu, ghcb: Ghcb, *, is_write: bool) -> int:
     area = _scratch(vcpu, ghcb, size, sync=not is_write)
     if area is None:
         return 1
-    return _mmio_piece(vcpu, area, ghcb.info_1, 0, size, is_write=is_write)
+    done = _in_kernel(vcpu, area, ghcb.info_1, size, is_write=is_write)
+    if done == size:
+        return 1
+    return _mmio_piece(vcpu, area, ghcb.info_1, done, size - done, is_write=is_write)
+
+
+def _in_kernel(vcpu: Vcpu, area: ScratchArea, gpa: int, size: int, *, is_write: bool) -> int:
+    """vcpu_mmio_read() and vcpu_mmio_write(): how many bytes are the APIC's, from the first on."""
+    done = 0
+    while done < size:
+        count = min(size - done, _MMIO_PIECE)
+        if is_write:
+            if not vcpu.apic.write_mmio(gpa + done & _U64, area.read(done, count)):
+                break
+        else:
+            answer = vcpu.apic.read_mmio(gpa + done & _U64, count)
+            if answer is None:
+                break
+            area.write(done, answer)
+        done += count
+    return done
 
 
 def _mmio_piece(
     vcpu: Vcpu, area: ScratchArea, gpa: int, at: int, left: int, *, is_write: bool
 ) -> int:
-    """The bytes from ``at`` on. In-kernel devices come first, as far as they go."""
+    """The bytes from ``at`` on, by user space."""
     size = min(left, _MMIO_PIECE)
-    address = gpa + at & (1 << 64) - 1
-    data = area.read(at, size)
-    if is_write:
-        if vcpu.apic.write_mmio(address, data):
-            return 1
-    else:
-        answer = vcpu.apic.read_mmio(address, size)
-        if answer is not None:
-            area.write(at, answer)
-            return 1
-    exits.mmio(vcpu.run, address, size, data if is_write else None)
+    data = area.read(at, size) if is_write else None
+    exits.mmio(vcpu.run, gpa + at & _U64, size, data)
 
     def complete() -> int:
         # KVM doesn't remember here that it was a write: what user space left in the data

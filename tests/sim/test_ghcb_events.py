@@ -454,6 +454,56 @@ def test_mmio_read_of_version_1_goes_on_in_pieces():
     assert rig.guest.ram.read(12, SHARED_PAGE - Guest.GPA) == b"0123456789A\0"
 
 
+APIC = 0xFEE00000
+APIC_PRIORITY = APIC + 0x80
+
+
+def finished(rig: Rig) -> Rig:
+    """KVM_RUN completes the exit and stops; without it a guest with an APIC would block."""
+    rig.run.immediate_exit = 1
+    assert rig.enter() == (-1, errno.EINTR)
+    return rig
+
+
+def test_mmio_of_the_apic_in_the_kernel_does_not_exit():
+    write = {"code": 0x80000002, "info_1": APIC_PRIORITY, "info_2": 4, "scratch": IN_BUFFER}
+    device = {"code": 0x80000002, "info_1": DEVICE, "info_2": 4, "scratch": IN_BUFFER}
+    rig = asks(write, {**write, "code": 0x80000001}, device, split=True)
+    request, seen = rig.request, []
+
+    def with_data(**fields):
+        seen.append(rig.shared(BUFFER, 4))
+        request(**fields)
+        if len(seen) == 1:
+            rig.put(BUFFER, b"\x20\0\0\0")
+
+    rig.request = with_data
+    assert (rig.enter(), rig.run.mmio.phys_addr) == (OK, DEVICE)
+    assert seen[2] == b"\x20\0\0\0"
+
+
+# vcpu_mmio_read() asks the APIC again for each 8 bytes, until it is another's turn;
+# complete_sev_es_emulated_mmio() doesn't.
+@pytest.mark.parametrize("code", [0x80000001, 0x80000002])
+@pytest.mark.parametrize(
+    ("gpa", "exits"),
+    [(APIC + 0xFF8, [(APIC + 0x1000, 8)]), (APIC - 8, [(APIC - 8, 8), (APIC, 8)])],
+    ids=["ends behind", "begins before"],
+)
+def test_mmio_of_version_1_that_is_partly_the_apics_exits_for_the_rest(code, gpa, exits):
+    rig = asks(
+        {"code": code, "info_1": gpa, "info_2": 16, "scratch": SHARED_PAGE},
+        ghcb_version=1,
+        split=True,
+    )
+    seen = []
+    for _ in exits:
+        assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_MMIO)
+        seen.append((rig.run.mmio.phys_addr, rig.run.mmio.len))
+    assert seen == exits
+    finished(rig)
+
+
 # Events of the hypervisor's own
 
 

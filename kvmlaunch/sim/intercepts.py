@@ -18,7 +18,9 @@ __all__ = ["cpuid", "handle", "read_msr", "write_msr"]
 
 _UD, _GP = 6, 13
 _U32 = 0xFFFFFFFF
-_PERFORMANCE_COUNTERS = 4  # of AMD, without PerfCtrExtCore
+_PERFORMANCE_COUNTERS, _CORE_COUNTERS = 4, 6  # AMD64_NUM_COUNTERS, AMD64_NUM_COUNTERS_CORE
+_PERFMON_LEAF, _PERFMON_V2, _PERFMON_COUNTERS = 0x80000022, 1 << 0, 0xF
+_FEATURE_PERFCTR_CORE = 1 << 23  # CPUID leaf 0x80000001 ECX
 _CR4_PCE = 1 << 8
 _FEATURE_MWAIT = 1 << 3  # CPUID leaf 1 ECX
 
@@ -93,12 +95,22 @@ def _msr(vcpu: Vcpu, ghcb: Ghcb) -> int:
 
 def _rdpmc(vcpu: Vcpu, ghcb: Ghcb) -> None:
     """kvm_emulate_rdpmc(): the counters are there, and count nothing."""
-    counter = ghcb.registers["rcx"] & 0x3FFFFFFF
+    counter = ghcb.registers["rcx"] & _U32
     user_may = vcpu.running.live_cpu.read("cr4") & _CR4_PCE
-    if counter >= _PERFORMANCE_COUNTERS or (ghcb.cpl and not user_may):
+    if counter >= _counters(vcpu) or (ghcb.cpl and not user_may):
         vcpu.running.exception = (_GP, 0)
     else:
         ghcb.registers["rax"] = ghcb.registers["rdx"] = 0
+
+
+def _counters(vcpu: Vcpu) -> int:
+    """amd_pmu_refresh(): how many the vCPU's CPUID table says; this host has six."""
+    perfmon = cpuid_table.find_leaf(vcpu.cpuid, _PERFMON_LEAF)
+    if perfmon is not None and perfmon.eax & _PERFMON_V2:
+        return min(int(perfmon.ebx) & _PERFMON_COUNTERS, _CORE_COUNTERS)
+    extended = cpuid_table.find_leaf(vcpu.cpuid, 0x80000001)
+    has_core = extended is not None and extended.ecx & _FEATURE_PERFCTR_CORE
+    return _CORE_COUNTERS if has_core else _PERFORMANCE_COUNTERS
 
 
 def _monitor_mwait(vcpu: Vcpu) -> None:

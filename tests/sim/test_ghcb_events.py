@@ -148,6 +148,8 @@ def test_event_when_there_is_no_page_goes_on(gpa):
 
 # Instructions
 
+GP_0 = ("exception", 13, 0)
+
 
 def cpuid_table(rig, *leaves):
     entries = [
@@ -203,10 +205,43 @@ def test_rdtscp_is_an_invalid_opcode():
     assert rig.machine.cpus[0].injected == [("exception", 6, None)]
 
 
-@pytest.mark.parametrize(("counter", "wanted"), [(0, []), (3, []), (4, [("exception", 13, 0)])])
-def test_rdpmc_reads_counters_that_exist(counter, wanted):
-    rig = answered(asks({"code": 0x6F, "rcx": counter}))
-    assert rig.machine.cpus[0].injected == wanted
+# amd_pmu_refresh(): PerfMonV2 (0x80000022 EAX 0) gives the number, at most the host's six;
+# PerfCtrExtCore (0x80000001 ECX 23) means six, nothing four. 6.12 masks no bits of ECX.
+CORE = (0x80000001, 0, 0, 0, 0, 1 << 23, 0)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "last"),
+    [
+        ([], 3),
+        ([CORE], 5),
+        ([CORE, (0x80000022, 0, 0, 1, 2, 0, 0)], 1),
+        ([(0x80000022, 0, 0, 1, 0xF, 0, 0)], 5),
+        ([(0x80000022, 0, 0, 0, 2, 0, 0)], 3),
+    ],
+)
+def test_rdpmc_reads_counters_that_exist(leaves, last):
+    for counter, wanted in ((0, []), (last, []), (last + 1, [GP_0]), (0x40000000, [GP_0])):
+        rig = asks({"code": 0x6F, "rcx": counter, "rax": 7, "rdx": 7})
+        cpuid_table(rig, *leaves)
+        answered(rig)
+        assert rig.machine.cpus[0].injected == wanted
+        assert (rig.field(RAX), rig.field(RDX)) == ((7, 7) if wanted else (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("cpl", "cr4", "wanted"), [(3, 0, True), (1, 0, True), (3, 1 << 8, False), (0, 0, False)]
+)
+def test_rdpmc_by_user_code_needs_cr4_pce(cpl, cr4, wanted):
+    def script(cpu):
+        cpu.write("cr4", cr4)
+        yield from register_ghcb(cpu)
+        rig.request(0x6F, rcx=0, cpl=cpl)
+        yield VmgExit(GHCB_GPA)
+
+    rig = Rig(script)
+    answered(rig)
+    assert rig.machine.cpus[0].injected == ([GP_0] if wanted else [])
 
 
 @pytest.mark.parametrize("code", [0x8A, 0x8B])

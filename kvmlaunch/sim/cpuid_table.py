@@ -69,10 +69,22 @@ def answer(
     """kvm_cpuid(): EAX, EBX, ECX, EDX for the guest, whose CR4 and XCR0 are these."""
     entries = _at_runtime(vcpu, vcpu.cpuid, cr4=cr4, xcr0=xcr0)
     entry = _find(entries, function, index)
+    if entry is None and not vcpu.state.guest.amd:
+        function = _redirected(entries, function)
+        entry = _find(entries, function, index)
     if entry is not None:
         return int(entry.eax), int(entry.ebx), int(entry.ecx), int(entry.edx)
     known = _find(entries, function, 1) if function in _TOPOLOGY else None
     return (0, 0, 0, 0) if known is None else (0, 0, index & 0xFF, int(known.edx))
+
+
+def _redirected(entries: Any, function: int) -> int:
+    """get_out_of_range_cpuid_entry(): an Intel CPU answers with its last basic leaf."""
+    basic = _find(entries, 0)
+    mask = 0xFFFFFF00 if 0x40000000 <= function <= 0x4FFFFFFF else 0x80000000
+    head = _find(entries, 0xC0000000 if function >= 0xC0000000 else function & mask)
+    in_range = head is not None and function <= head.eax
+    return function if basic is None or in_range else int(basic.eax)
 
 
 def find_leaf(table: bytes, function: int, index: int = 0) -> Any:

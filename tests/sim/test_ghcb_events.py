@@ -175,6 +175,42 @@ def test_cpuid_when_the_leaf_is_unknown_answers_zeros():
     assert [rig.field(offset) for offset in (RAX, RBX, RCX, RDX)] == [0, 0, 0, 0]
 
 
+# get_out_of_range_cpuid_entry(): not with AMD's vendor, nor where the range has the leaf's number.
+VENDORS = {"Intel": b"GenuntelineI", "AMD": b"AuthcAMDenti", "Hygon": b"HygouinenGen"}  # B, C, D
+
+
+@pytest.mark.parametrize(
+    ("vendor", "leaf", "redirected"),
+    [
+        ("Intel", 0x1234, True),
+        ("Intel", 0x3, False),
+        ("Intel", 0x80000002, False),
+        ("Intel", 0x80000003, True),
+        ("Intel", 0x40000101, True),
+        ("Intel", 0x40000011, False),
+        ("Intel", 0xC0000001, True),
+        ("AMD", 0x1234, False),
+        ("Hygon", 0x1234, False),
+    ],
+)
+def test_cpuid_leaf_beyond_its_range_is_the_last_basic_one_unless_the_cpu_is_amds(
+    vendor, leaf, redirected
+):
+    rig = asks({"code": 0x72, "rax": leaf, "rcx": 2})
+    name = [int.from_bytes(VENDORS[vendor][at : at + 4], "little") for at in (0, 4, 8)]
+    cpuid_table(
+        rig,
+        (0, 0, 0, 4, *name),
+        (4, 1, 1, 9, 9, 9, 9),
+        (4, 2, 1, 0x11, 0x22, 0x33, 0x44),
+        (0x40000000, 0, 0, 0x40000012, 0, 0, 0),
+        (0x80000000, 0, 0, 0x80000002, 0, 0, 0),
+    )
+    answered(rig)
+    wanted = [0x11, 0x22, 0x33, 0x44] if redirected else [0, 0, 0, 0]
+    assert [rig.field(offset) for offset in (RAX, RBX, RCX, RDX)] == wanted
+
+
 def test_cpuid_leaf_d_needs_xcr0():
     rig = answered(asks({"code": 0x72, "rax": 0xD, "rcx": 0}))
     assert rig.error == (2, MISSING_INPUT)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 
-from .ghcb import ApRequest, GhcbExit, MsrRequest, PageOperation
+from .ghcb import ApRequest, GhcbExit, MsrRequest, PageOperation, ioio_size
 from .ghcb_msr import decode_termination
+from .page import PAGE_SIZE
 
 __all__ = ["EVENT_REGISTERS", "describe_event", "describe_msr"]
 
@@ -17,7 +18,6 @@ EVENT_REGISTERS = ("rax", "rcx", "rdx")
 """Registers that `describe_event` wants."""
 
 _CPUID_REGISTERS = ("EAX", "EBX", "ECX", "EDX")
-_PAGE = 4096
 
 
 def describe_msr(value: int) -> tuple[str, str]:
@@ -30,7 +30,7 @@ def describe_msr(value: int) -> tuple[str, str]:
     if request == MsrRequest.CPUID:
         detail = f"leaf={value >> 32:#x} register={_CPUID_REGISTERS[value >> 30 & 3]}"
     elif request == MsrRequest.PSC:
-        gpa = (value >> 12 & (1 << 40) - 1) * _PAGE
+        gpa = (value >> 12 & (1 << 40) - 1) * PAGE_SIZE
         detail = f"gpa={gpa:#x} to={_operation(value >> 52 & 0xF)}"
     elif request in (MsrRequest.REGISTER_GPA, MsrRequest.PREFERRED_GPA):
         detail = f"gpa={value & ~0xFFF:#x}"
@@ -66,7 +66,7 @@ def _operation(number: int) -> str:
 
 
 def _ioio(info_1: int, _info_2: int, registers: Mapping[str, int]) -> str:
-    size = info_1 >> 4 & 7
+    size = ioio_size(info_1)
     text = f"{'in' if info_1 & 1 else 'out'} port={info_1 >> 16 & 0xFFFF:#x} size={size}"
     if info_1 & 4:
         return f"{text} string"

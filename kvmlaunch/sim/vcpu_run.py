@@ -101,8 +101,9 @@ class VcpuRun:
     def _before_run(self) -> bool:
         """What comes before the guest runs: False where the last exit isn't over yet."""
         vcpu, run, vm = self.vcpu, self.vcpu.run, self.vcpu.vm
-        if (run.kvm_valid_regs | run.kvm_dirty_regs) & ~vm.sync_regs:
-            refuse(errno.EINVAL)
+        if synced := run.kvm_valid_regs | run.kvm_dirty_regs:
+            # What a plain VM's kernel would do is not simulated (see VmFile).
+            refuse(errno.EINVAL if synced & ~vm.sync_regs else errno.ENOSYS)
         if not vm.irq.in_kernel:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)

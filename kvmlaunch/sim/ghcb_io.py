@@ -46,7 +46,7 @@ def port_io(vcpu: Vcpu, ghcb: Ghcb) -> int:
 
 def _string(vcpu: Vcpu, ghcb: Ghcb, size: int, port: int, *, is_in: bool) -> int:
     """sev_es_string_io(): as many exits as the data page needs."""
-    if ghcb.info_2 > _INT_MAX or ghcb.info_2 * size > _INT_MAX:
+    if ghcb.info_2 * size > _INT_MAX:
         refuse(errno.EINVAL)
     if not ghcb.info_2:
         return 1

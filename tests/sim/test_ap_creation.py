@@ -93,6 +93,20 @@ def test_create_with_other_features_is_refused_by_newer_kernels(profile, error):
     assert asked(1 << 32 | CREATE, VMSA_GPA, 1 | 1 << 5, profile=profile).error == error
 
 
+def test_destroy_needs_no_rax():
+    def script(cpu):
+        yield from register_ghcb(cpu)
+        rig.request(AP_CREATION, 1 << 32 | DESTROY)
+        yield VmgExit(GHCB_GPA)
+
+    rig = Rig(script, vcpus=2)
+    assert (rig.enter(), rig.error) == (OK, (0, 0))
+
+
+def test_destroy_with_other_features_is_taken():
+    assert asked(1 << 32 | DESTROY, 0, 1 | 1 << 3).error == (0, 0)
+
+
 def test_create_on_init_waits_for_an_init():
     rig = asked(1 << 32 | CREATE_ON_INIT, VMSA_GPA, 1)
     assert rig.error == (0, 0)
@@ -185,21 +199,29 @@ def test_halted_vcpu_waits_and_an_nmi_wakes_it():
     assert rig.machine.cpus[0].injected == [("nmi", 2, None)]
 
 
-def test_reset_hold_in_the_kernel_ends_with_a_sipi():
+@pytest.mark.parametrize("event", [False, True])
+def test_reset_hold_in_the_kernel_ends_with_a_sipi(event):
     """INIT and SIPI by user space; the first SIPI of a vCPU starts what the launch set up."""
 
-    def script(cpu):
+    def by_msr(cpu):
         cpu.ghcb = 0x006
         yield VmgExit(0x006)
         rig.answer = cpu.ghcb
 
+    def by_event(cpu):
+        yield from register_ghcb(cpu)
+        rig.request(0x80000004)
+        yield VmgExit(GHCB_GPA)
+        rig.answer = rig.error
+
+    script = by_event if event else by_msr
     rig = Rig(script, vcpus=2, split=True)
     set_mp_state(rig, 1, lib.KVM_MP_STATE_SIPI_RECEIVED)
     assert interrupted(rig, 1)
     assert mp_state(rig, 1) == lib.KVM_MP_STATE_AP_RESET_HOLD
     set_mp_state(rig, 1, lib.KVM_MP_STATE_SIPI_RECEIVED)
     assert interrupted(rig, 1)
-    assert rig.answer == 1 << 12 | 7
+    assert rig.answer == ((0, 1) if event else 1 << 12 | 7)
 
 
 def nothing(cpu):
@@ -263,7 +285,7 @@ def test_vmpl_when_run_has_its_vmsa_and_a_ghcb_msr_of_its_own():
 
 def test_vmpl_when_it_gives_way_lets_the_other_go_on_where_it_was():
     def then(rig, cpu):
-        cpu.ghcb = 0x016  # RUN_VMPL of the MSR protocol, VMPL0
+        cpu.ghcb = 0xAB << 40 | 0x016  # RUN_VMPL of the MSR protocol, VMPL0 in bits 39:32
         yield VmgExit(cpu.ghcb)
         rig.seen = (cpu.vmsa.vmpl, cpu.ghcb)
 

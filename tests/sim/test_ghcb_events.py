@@ -9,7 +9,7 @@ import pytest
 from kvmlaunch.softcpu import VmgExit
 from kvmlaunch.uapi import ffi, lib
 
-from .driver import PAGE, Guest, struct
+from .driver import PAGE, Guest, Memory, struct
 from .scripted import (
     BUFFER,
     GHCB_GPA,
@@ -128,6 +128,8 @@ def test_event_when_not_registered_fails_the_run():
 
     rig = Rig(script)
     assert (rig.enter(), rig.run.exit_reason) == (EINVAL, lib.KVM_EXIT_UNKNOWN)
+    # sev_es_sync_from_ghcb() was there before.
+    assert rig.shared(VALID, 16) == bytes(16)
 
 
 def test_event_when_another_page_is_registered_fails_the_run():
@@ -143,7 +145,11 @@ def test_event_when_there_is_no_page_goes_on(gpa):
     def script(cpu):
         yield VmgExit(gpa)
 
-    answered(Rig(script))
+    rig = Rig(script)
+    low = Memory(PAGE)
+    region = {"memory_size": PAGE, "userspace_addr": low.address}
+    rig.guest.ok(rig.guest.set_region(slot=1, guest_phys_addr=0, **region))
+    answered(rig)
 
 
 # Instructions
@@ -216,12 +222,30 @@ def test_cpuid_leaf_d_needs_xcr0():
     assert rig.error == (2, MISSING_INPUT)
 
 
+def test_cpuid_leaf_d_with_bits_above_eax_does_not_need_xcr0():
+    """KVM looks at all of RAX here, and at EAX when it answers."""
+    rig = asks({"code": 0x72, "rax": 1 << 32 | 0xD, "rcx": 1 << 32})
+    cpuid_table(rig, (0xD, 0, 1, 7, 0, 0x340, 0))
+    assert answered(rig).error == (0, 0)
+    assert rig.field(RAX) == 7
+
+
 def test_cpuid_leaf_d_has_the_size_for_the_guests_xcr0():
     rig = asks({"code": 0x72, "rax": 0xD, "rcx": 0, "xcr0": 7})
     cpuid_table(rig, (0xD, 0, 1, 7, 0, 0x340, 0))
     answered(rig)
     # Legacy area and header are 0x240 bytes, AVX has 0x100 more.
     assert rig.field(RBX) == 0x340
+
+
+def test_xcr0_stays_until_the_guest_gives_another():
+    leaf = {"code": 0x72, "rax": 0xD, "rcx": 0}
+    for between, size in (({"code": 0x89}, 0x340), ({"code": 0x89, "xcr0": 0}, 0x240)):
+        # Bit 32 of RAX, so that XCR0 need not be given again.
+        rig = asks({**leaf, "xcr0": 7}, between, {**leaf, "rax": 1 << 32 | 0xD})
+        cpuid_table(rig, (0xD, 0, 1, 7, 0, 0x340, 0))
+        answered(rig)
+        assert rig.field(RBX) == size
 
 
 @pytest.mark.parametrize("code", [0x27, 0x76, 0x89])
@@ -382,6 +406,13 @@ def test_out_exits_with_the_bytes_of_rax():
     assert answered(rig).error == (0, 0)
 
 
+def test_out_with_bits_above_the_port_is_the_same():
+    """exit_info_1 of IOIO has 32 bits in KVM (io_interception)."""
+    out = ioio(0x3F8, 1, rax=0x41)
+    rig = asks({**out, "info_1": 0x55 << 32 | out["info_1"]})
+    assert (rig.enter(), rig.run.exit_reason, rig.run.io.port) == (OK, lib.KVM_EXIT_IO, 0x3F8)
+
+
 @pytest.mark.parametrize(
     ("size", "rax"), [(1, 0x11223344556677AB), (2, 0x112233445566CDAB), (4, 0x89EFCDAB)]
 )
@@ -465,9 +496,35 @@ def test_scratch_area_outside_the_buffer_is_refused(scratch):
     assert rig.error == (2, INVALID_SCRATCH)
 
 
+@pytest.mark.parametrize("at", [BUFFER, 0xFEE], ids=["first bytes", "last bytes"])
+def test_scratch_area_that_just_fits_is_taken(at):
+    rig = asks(ioio(0x60, 2, string=True, count=1, scratch=GHCB_GPA + at))
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_IO)
+
+
+def test_scratch_area_of_version_1_of_16_pages_is_taken():
+    rig = asks(ioio(0x60, 1, string=True, count=16 * PAGE, scratch=Guest.GPA), ghcb_version=1)
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_IO)
+
+
+def test_scratch_area_of_version_1_that_is_only_read_stays_as_it_is():
+    rig = asks(ioio(0x3F8, 1, string=True, count=4, scratch=SHARED_PAGE), ghcb_version=1)
+    rig.guest.ram.write(b"text", SHARED_PAGE - Guest.GPA)
+    assert (rig.enter(), io_data(rig.run, 4)) == (OK, b"text")
+    # The guest may go on with that memory meanwhile.
+    rig.guest.ram.write(b"next", SHARED_PAGE - Guest.GPA)
+    answered(rig)
+    assert rig.guest.ram.read(4, SHARED_PAGE - Guest.GPA) == b"next"
+
+
 def test_scratch_area_of_version_1_is_not_longer_than_16_pages():
     too_long = ioio(0x60, 1, string=True, count=16 * PAGE + 1, scratch=Guest.GPA)
     assert answered(asks(too_long, ghcb_version=1)).error == (2, INVALID_SCRATCH)
+
+
+def test_scratch_area_of_version_1_up_to_the_last_address_wraps():
+    wraps = ioio(0x60, 2, string=True, count=1, scratch=(1 << 64) - 2)
+    assert answered(asks(wraps, ghcb_version=1)).error == (2, INVALID_SCRATCH)
 
 
 def test_scratch_area_of_version_1_where_nothing_is_fails_the_run():
@@ -523,6 +580,23 @@ def test_mmio_read_of_version_1_goes_on_in_pieces():
     ffi.buffer(rig.run.mmio.data)[:] = b"89A-----"
     answered(rig)
     assert rig.guest.ram.read(12, SHARED_PAGE - Guest.GPA) == b"0123456789A\0"
+
+
+def test_mmio_write_of_version_1_is_a_write_in_its_first_piece_only():
+    """kvm_sev_es_mmio_write() leaves vcpu->mmio_is_write as it was: 0."""
+    rig = asks(
+        {"code": 0x80000002, "info_1": DEVICE, "info_2": 11, "scratch": SHARED_PAGE},
+        ghcb_version=1,
+    )
+    rig.guest.ram.write(b"0123456789A", SHARED_PAGE - Guest.GPA)
+    mmio = rig.run.mmio
+    assert (rig.enter(), mmio.phys_addr, mmio.len, mmio.is_write) == (OK, DEVICE, 8, 1)
+    assert bytes(ffi.buffer(mmio.data)) == b"01234567"
+    ffi.buffer(mmio.data)[:] = b"--------"
+    assert (rig.enter(), mmio.phys_addr, mmio.len, mmio.is_write) == (OK, DEVICE + 8, 3, 0)
+    answered(rig)
+    # Of a write nothing goes back to the guest.
+    assert rig.guest.ram.read(11, SHARED_PAGE - Guest.GPA) == b"0123456789A"
 
 
 APIC = 0xFEE00000

@@ -12,7 +12,7 @@ from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.registers import read_registers, write_registers
 from kvmlaunch.uapi import lib
 
-__all__ = ["Debugger", "Stop", "Target", "target_of"]
+__all__ = ["SIGTRAP", "Debugger", "Stop", "Target", "target_of"]
 
 _PAGE = 4096
 _LAST_ADDRESS = (1 << 64) - 1
@@ -128,10 +128,14 @@ class _KvmTarget:
 
 
 class Stop(NamedTuple):
-    """Why the guest stands still: ``vcpu``, and ``signal`` as GDB numbers them."""
+    """Why the guest stands still: ``vcpu``, and ``signal`` as GDB numbers them.
+
+    ``address`` is that of the next instruction (linear), where KVM stopped the guest for it.
+    """
 
     vcpu: int
     signal: int
+    address: int | None = None
 
 
 SIGINT, SIGTRAP, SIGSEGV = 2, 5, 11
@@ -181,9 +185,9 @@ class Debugger:
             if self.ended is None:
                 vcpu.clear_exit_request()
 
-    def hit(self, index: int) -> None:
-        """A breakpoint, or the end of a step."""
-        self._stop_for(Stop(index, SIGTRAP))
+    def hit(self, index: int, address: int) -> None:
+        """A breakpoint, or the end of a step, before the instruction at a linear address."""
+        self._stop_for(Stop(index, SIGTRAP, address))
 
     def died(self, index: int, vcpu: Vcpu) -> None:
         """The guest has failed: a chance to look at it before the run is over."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from kvmlaunch.errors import KvmLaunchError
-from kvmlaunch.launch.debug import Debugger, Stop
+from kvmlaunch.launch.debug import SIGTRAP, Debugger, Stop
 from kvmlaunch.launch.gdb_packets import MAX_PACKET, PacketReader
 from kvmlaunch.launch.gdb_registers import (
     REGISTERS,
@@ -22,6 +22,8 @@ _OK, _BAD, _FAULT, _UNKNOWN = b"OK", b"E01", b"E0e", b""
 _MOST_MEMORY = MAX_PACKET // 2 - 16
 _MOST_BREAKPOINTS = 1024
 _ACTION = re.compile(rb"([cCsS])(?:[0-9a-fA-F]{2})?(?::(-?[0-9a-fA-F]+))?\Z")
+_BREAKPOINTS = {b"0": b"swbreak", b"1": b"hwbreak"}
+"""Kind -> what a stop reply calls it."""
 _XFER = b"qXfer:features:read:target.xml:"
 
 
@@ -39,7 +41,10 @@ class GdbSession:
         self.reader = PacketReader()
         self.acknowledges = True
         self._debugger = debugger
-        self._places: set[int] = set()
+        self._places: set[tuple[bytes, int]] = set()
+        """Breakpoints: kind (0 software, 1 hardware), address."""
+        self._tells_kinds = False
+        """Whether GDB wants to hear by which kind the guest stopped."""
         self._thread = 0
         self._step_thread: int | None = None
         self._simple: tuple[tuple[bytes, Callable[[bytes], bytes | None]], ...] = (
@@ -65,10 +70,8 @@ class GdbSession:
             (b"m", self._read),
             (b"M", self._write),
             (b"X", self._write_binary),
-            (b"Z0,", lambda rest: self._breakpoint(rest, insert=True)),
-            (b"Z1,", lambda rest: self._breakpoint(rest, insert=True)),
-            (b"z0,", lambda rest: self._breakpoint(rest, insert=False)),
-            (b"z1,", lambda rest: self._breakpoint(rest, insert=False)),
+            (b"Z", lambda rest: self._breakpoint(rest, insert=True)),
+            (b"z", lambda rest: self._breakpoint(rest, insert=False)),
             (b"c", lambda rest: self._resume(rest, step=False)),
             (b"s", lambda rest: self._resume(rest, step=True)),
             (b"D", self._detach),
@@ -90,12 +93,21 @@ class GdbSession:
         if stop is None:
             return b"S00"
         self._thread = stop.vcpu
-        return b"T%02xthread:%x;" % (stop.signal, stop.vcpu + 1)
+        text = b"T%02xthread:%x;" % (stop.signal, stop.vcpu + 1)
+        if self._tells_kinds and stop.signal == SIGTRAP:
+            for kind, name in _BREAKPOINTS.items():
+                if (kind, stop.address) in self._places:
+                    return text + name + b":;"
+        return text
 
     # What GDB asks first
 
-    def _supported(self, _rest: bytes) -> bytes:
+    def _supported(self, rest: bytes) -> bytes:
         features = b"qXfer:features:read+;vContSupported+;QStartNoAckMode+"
+        # Without it GDB takes RIP to be behind an INT3, and moves it back if there is a breakpoint.
+        self._tells_kinds = b"swbreak+" in rest
+        if self._tells_kinds:
+            features += b";swbreak+;hwbreak+"
         return b"PacketSize=%x;" % MAX_PACKET + features
 
     def _no_acknowledgement(self, _rest: bytes) -> bytes:
@@ -186,11 +198,15 @@ class GdbSession:
     # Running
 
     def _breakpoint(self, rest: bytes, *, insert: bool) -> bytes:
-        address = _number(rest.split(b",")[0])
-        places = self._places | {address} if insert else self._places - {address}
-        if len(places) > _MOST_BREAKPOINTS or address >> 64:
+        kind, text = rest.split(b",")[:2]
+        if kind not in _BREAKPOINTS:
+            return _UNKNOWN
+        place = kind, _number(text)
+        places = self._places | {place} if insert else self._places - {place}
+        addresses = {address for _, address in places}
+        if len(places) > _MOST_BREAKPOINTS or place[1] >> 64:
             return _BAD
-        if self._debugger.target.set_breakpoints(places) is False:
+        if self._debugger.target.set_breakpoints(addresses) is False:
             return _BAD
         self._places = places
         return _OK

@@ -275,7 +275,7 @@ class _Run:
         if isinstance(exit_, (InterruptedExit, RetryExit)):
             return None
         if self._debugger is not None and isinstance(exit_, DebugExit):
-            self._debugger.hit(index)
+            self._debugger.hit(index, exit_.pc)
             return None
         self._last.append((index, exit_))
         if self._trace is not None:

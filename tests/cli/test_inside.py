@@ -13,6 +13,7 @@ import pytest
 from tests.cli.command import Cli, command
 from tests.guests import build
 from tests.host import require_kvm, require_simulated_cpu
+from tests.images.builders import Seg, elf64
 
 SECONDS = 40
 
@@ -86,6 +87,21 @@ def test_gdb_when_stock_walks_through_hello(guests: Path, host: str) -> None:
     assert "$2 = 0x400" in told, "long mode"
     assert "exited normally" in told
     assert ran.startswith("hello from a kvmlaunch guest\n")
+    assert ran.endswith("rc=0")
+
+
+def test_gdb_when_breakpoints_are_neighbours_leaves_rip_where_it_is(tmp_path: Path) -> None:
+    """Unless told otherwise it moves RIP back by the length of INT3, onto the first of them."""
+    require_simulated_cpu()
+    image = tmp_path / "jump.elf"
+    # jmp 1f; nop; 1: nop; mov al, 0; out 0xf4, al
+    image.write_bytes(elf64([Seg(0x100000, bytes.fromhex("eb01 90 90 b000 e6f4"))]))
+    told, ran = debug(
+        image,
+        *("break *0x100002", "break *0x100003", "continue", "print/x $rip", "continue"),
+        options=("--platform", "sim", "--vm-type", "plain"),
+    )
+    assert "$1 = 0x100003" in told
     assert ran.endswith("rc=0")
 
 

@@ -92,6 +92,33 @@ def test_breakpoint_when_reached_stops_before_the_instruction(walk: Pair, kind: 
     assert client(b"c") == _end(walk[0], b"W00")
 
 
+@pytest.mark.parametrize(("kind", "name"), [(b"0", b"swbreak"), (b"1", b"hwbreak")])
+def test_stop_when_gdb_knows_kinds_names_that_of_the_breakpoint(
+    walk: Pair, kind: bytes, name: bytes
+) -> None:
+    client = walk[1]
+    assert client(b"qSupported:multiprocess+;swbreak+;hwbreak+").endswith(b";swbreak+;hwbreak+")
+    assert client(b"Z%s,%x,1" % (kind, AFTER_MOV + 1)) == b"OK"
+    assert client(b"s") == b"T05thread:1;", "the end of a step"
+    assert client(b"c") == b"T05thread:1;%s:;" % name
+    assert client(b"?") == b"T05thread:1;%s:;" % name
+
+
+def test_stop_when_gdb_knows_no_kinds_names_none(walk: Pair) -> None:
+    client = walk[1]
+    assert b"break" not in client(b"qSupported:multiprocess+")
+    assert client(b"Z0,%x,1" % AFTER_MOV) == b"OK"
+    assert client(b"c") == b"T05thread:1;"
+
+
+def test_breakpoint_when_one_of_two_kinds_is_removed_still_stops(walk: Pair) -> None:
+    client = walk[1]
+    for packet in (b"Z0", b"Z1", b"z0"):
+        assert client(b"%s,%x,1" % (packet, AFTER_MOV)) == b"OK"
+    assert client(b"c") == b"T05thread:1;"
+    assert client.rip == AFTER_MOV
+
+
 def test_registers_when_written_are_the_guests(walk: Pair) -> None:
     run, client = walk
     assert client(b"P10=%s" % struct.pack("<Q", AFTER_MOV).hex().encode()) == b"OK"
@@ -201,6 +228,7 @@ def test_vcpus_when_there_are_two_are_threads_of_their_own(host: tuple[Platform,
         (b"Hg7", b"E01"),
         (b"Hx0", b"E01"),
         (b"Z0,zz,1", b"E01"),
+        (b"Z", b"E01"),
         (b"Z0,1ffffffffffffffffff,1", b"E01"),
         (b"vCont;q", b"E01"),
         (b"vCont;s:99", b"E01"),

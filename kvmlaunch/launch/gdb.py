@@ -17,6 +17,8 @@ __all__ = ["GdbError", "GdbServer", "serve_gdb"]
 
 _ADDRESS = "127.0.0.1"
 _MOST_PORT = 65535
+_SEND_SECONDS = 2.0
+"""How long GDB may take to read what it asked for."""
 
 
 class GdbError(KvmLaunchError):
@@ -85,6 +87,7 @@ class GdbServer:
                 with contextlib.suppress(OSError):
                     connection, _ = self._listener.accept()
                     with connection:
+                        connection.settimeout(_SEND_SECONDS)
                         _Connection(self, connection).serve()
                 self._leave()
 
@@ -131,7 +134,7 @@ class _Connection:
         """Whether GDB waits to be told that the guest stands still."""
 
     def serve(self) -> None:
-        """Until GDB leaves or the run is over. Raises OSError where the connection breaks."""
+        """Until GDB leaves or the run is over. Raises OSError where it breaks or reads nothing."""
         self._debugger.present = True
         self._debugger.interrupt()
         with contextlib.suppress(Closed):

@@ -282,6 +282,16 @@ def test_garbage_when_sent_changes_nothing() -> None:
         again.close()
 
 
+def test_gdb_when_it_reads_no_answers_is_left_alone() -> None:
+    with debugged(SPIN, require_simulated_cpu()) as (run, client):
+        client.socket.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            while True:
+                client.socket.sendall(b"$g#67" * 1000)
+        debugger = run.server.debugger
+        until(lambda: debugger.is_running and not debugger.present)
+
+
 def test_server_when_it_listens_is_on_the_loopback_only() -> None:
     with Guest(_plain(), require_simulated_cpu()) as guest, serve_gdb(guest) as server:
         address, port = server._listener.getsockname()

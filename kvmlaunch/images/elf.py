@@ -15,7 +15,6 @@ follow more of the file's pointers than a loader needs.
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from kvmlaunch.images.notes import NoteSegment, read_notes
 from kvmlaunch.images.options import PlanOptions, build_plan, outside_memory
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece
 from kvmlaunch.images.pvh import pvh_entry
-from kvmlaunch.images.source import ImageSource
+from kvmlaunch.images.source import ImageSource, ViewStream
 
 if TYPE_CHECKING:
     from elftools.elf.elffile import ELFFile
@@ -115,33 +114,11 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
     )
 
 
-class _ViewStream(io.RawIOBase):
-    """A binary stream over a memoryview. (io.BytesIO would copy the image.)"""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data = data
-        self._at = 0
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self._data) if size < 0 else self._at + size
-        chunk = bytes(self._data[self._at : end])
-        self._at += len(chunk)
-        return chunk
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-
 def _read_headers(source: ImageSource) -> _Headers:
     from elftools.common.utils import struct_parse
     from elftools.elf.elffile import ELFFile
 
-    stream = cast("IO[bytes]", _ViewStream(source.data))
+    stream = cast("IO[bytes]", ViewStream(source.data))
     elf = ELFFile(stream)
     _check_kind(source, elf)
     offset, count = elf["e_phoff"], elf["e_phnum"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from kvmlaunch.errors import ImageError
 
-__all__ = ["ImageSource", "open_image"]
+__all__ = ["ImageSource", "ViewStream", "open_image"]
 
 _STREAM_LIMIT = 256 << 20
 """What can't be mapped is read into memory, up to this many bytes."""
@@ -70,3 +71,25 @@ def open_image(path: str | os.PathLike[str]) -> ImageSource:
         limit = _STREAM_LIMIT >> 20
         raise ImageError(name, f"more than {limit} MiB from what isn't a regular file")
     return ImageSource.of(data, name)
+
+
+class ViewStream(io.RawIOBase):
+    """A binary stream over an image. (io.BytesIO would copy it.)"""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._at = 0
+
+    def read(self, size: int = -1) -> bytes:
+        end = len(self._data) if size < 0 else self._at + size
+        chunk = bytes(self._data[self._at : end])
+        self._at += len(chunk)
+        return chunk
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
+from typing import IO, cast
 
-from elftools.common.exceptions import ELFError
 from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 from kvmlaunch.images.plan import LaunchPlan
+from kvmlaunch.images.source import ViewStream
 
 __all__ = ["Symbols"]
 
@@ -32,8 +32,8 @@ class Symbols:
         if plan.image_type != "elf":
             return cls({}, [])
         try:
-            return cls._read(ELFFile(io.BytesIO(plan.data)))
-        except (ELFError, ValueError, KeyError, UnicodeDecodeError):
+            return cls._read(ELFFile(cast("IO[bytes]", ViewStream(plan.data))))
+        except Exception:  # whatever pyelftools makes of hostile bytes
             # It was good enough to launch; what it lacks is names.
             return cls({}, [])
 

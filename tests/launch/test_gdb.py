@@ -286,8 +286,7 @@ def test_gdb_when_it_reads_no_answers_is_left_alone() -> None:
     with debugged(SPIN, require_simulated_cpu()) as (run, client):
         client.socket.settimeout(0.1)
         with pytest.raises(TimeoutError):
-            while True:
-                client.socket.sendall(b"$g#67" * 1000)
+            client.socket.sendall(b"$g#67" * (8 << 20))
         debugger = run.server.debugger
         until(lambda: debugger.is_running and not debugger.present)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,15 @@ def test_symbols_when_address_is_in_code_give_name_and_offset() -> None:
     assert symbols.name(0x101F) == "main+0xf"
     assert symbols.name(0x1020) is None
     assert symbols.name(0xFFF) is None
+
+
+def test_symbols_when_section_headers_are_hostile_is_no_error(guests: Path) -> None:
+    image = (guests / "hello.elf").read_bytes()
+    (table,), (count,) = struct.unpack_from("<Q", image, 40), struct.unpack_from("<H", image, 60)
+    options = PlanOptions(memory=guest_ends.MEMORY)
+    start = load_image(image, options).vcpus[0].rip
+    assert Symbols.of_plan(load_image(image, options)).name(start) == "start"
+    for at in range(table, table + 64 * count, 4):
+        for word in (bytes(4), b"\xff" * 4):
+            plan = load_image(image[:at] + word + image[at + 4 :], options)
+            assert isinstance(Symbols.of_plan(plan).name(start), str | None)

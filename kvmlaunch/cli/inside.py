@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -63,7 +62,6 @@ class Inside:
         self._args = args
         if args.trace_out is not None and not args.trace:
             raise FormatError("--trace-out needs --trace")
-        self._check_out()
         for kind in args.trace:
             if kind in _SIM_ONLY and platform.name != "sim":
                 raise FormatError(f"--trace {kind} is for the simulated host: add --platform sim")
@@ -76,16 +74,6 @@ class Inside:
                 "--gdb can't look into a protected guest on real hardware: add --platform sim, "
                 "or --vm-type plain"
             )
-
-    def _check_out(self) -> None:
-        """Opening the trace empties the file, so it must not be one that the launch reads."""
-        args = self._args
-        if args.trace_out is None or not os.path.isfile(args.trace_out):
-            return
-        for path in (args.image, args.ovmf, args.id_block, args.id_auth, args.log):
-            there = path is not None and os.path.isfile(path)
-            if there and os.path.samefile(path, args.trace_out):
-                raise FormatError(f"--trace-out {args.trace_out} would overwrite {path}")
 
     def run(self, session: Session, console: Callable[[bytes], object], talk: Talk) -> Outcome:
         """Run the guest, traced and debugged as asked."""
@@ -118,8 +106,12 @@ class Inside:
         if args.trace_out is None:
             yield Trace(args.trace, _to_stderr, as_json=as_json)
             return
-        # Unbuffered: what was traced is there even if this process dies.
-        with open(args.trace_out, "wb", buffering=0) as file:
+        try:
+            # Unbuffered: what was traced is there even if this process dies.
+            file = open(args.trace_out, "wb", buffering=0)
+        except OSError as error:
+            raise KvmLaunchError(f"trace {args.trace_out}: {error.strerror}") from None
+        with file:
             yield Trace(args.trace, lambda line: file.write(line.encode()), as_json=as_json)
 
 

@@ -25,6 +25,7 @@ __all__ = [
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _BLOB_MOST = 1 << 16
+_OUTPUTS = ("log", "trace_out", "report_out")
 _NOT_YET = {
     "kernel": "kernel hashes can't be measured yet",
     "initrd": "kernel hashes can't be measured yet",
@@ -133,7 +134,7 @@ def plan_from(
         if image_type not in ("auto", "ovmf"):
             raise FormatError(f"--ovmf and --image-type {image_type} contradict each other")
         image_type = "ovmf"
-    _check_log(args)
+    _check_outputs(args)
     policy = getattr(args, "policy", None)
     options = PlanOptions(
         image_type=image_type,
@@ -154,14 +155,25 @@ def plan_from(
     return load_image(args.ovmf or args.image, options)
 
 
-def _check_log(args: argparse.Namespace) -> None:
-    """Opening the log empties it, so it must not be a file that the launch reads."""
-    log = getattr(args, "log", None)
-    if log is None or not os.path.isfile(log):
-        return
-    for path in (args.image, args.ovmf, args.id_block, args.id_auth):
-        if path is not None and os.path.isfile(path) and os.path.samefile(path, log):
-            raise FormatError(f"--log {log} would overwrite {path}, which is launched from")
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Opening an output empties it, so it must be no file of the launch, nor another output."""
+    inputs = (args.image, args.ovmf, args.id_block, args.id_auth)
+    taken = [(path, "which is launched from") for path in inputs if path is not None]
+    for name in _OUTPUTS:
+        path, option = getattr(args, name, None), name.replace("_", "-")
+        if path is None:
+            continue
+        for other, why in taken:
+            if _is_same_file(path, other):
+                raise FormatError(f"--{option} {path} would overwrite {other}, {why}")
+        taken.append((path, f"where --{option} goes"))
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    if os.path.exists(one) and os.path.exists(other):
+        # A device may be written to twice.
+        return os.path.isfile(one) and os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def number(text: str) -> int:

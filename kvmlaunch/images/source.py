@@ -81,15 +81,18 @@ class ViewStream(io.RawIOBase):
         self._at = 0
 
     def read(self, size: int = -1) -> bytes:
+        """Up to ``size`` bytes; all that are left if it is negative."""
         end = len(self._data) if size < 0 else self._at + size
         chunk = bytes(self._data[self._at : end])
         self._at += len(chunk)
         return chunk
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go anywhere, also behind the end."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
         self._at = max(base + offset, 0)
         return self._at
 
     def tell(self) -> int:
+        """Where it is."""
         return self._at

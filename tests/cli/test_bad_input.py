@@ -307,6 +307,38 @@ def test_log_over_a_file_of_the_launch_is_refused_and_leaves_it(
     assert files[role].read_bytes() == before
 
 
+@pytest.mark.parametrize("option", ["--trace-out", "--report-out"])
+def test_other_output_over_the_image_is_refused_and_leaves_it(
+    cli: Cli, halt: Path, option: str
+) -> None:
+    sentence = refused(cli("run", "--trace", "exits", option, halt, halt))
+    assert sentence == f"{option} {halt} would overwrite {halt}, which is launched from"
+    assert halt.read_bytes() == b"\xf4"
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("--log", "--trace-out"), ("--log", "--report-out"), ("--trace-out", "--report-out")],
+)
+def test_outputs_that_are_one_file_are_refused(
+    cli: Cli, halt: Path, tmp_path: Path, first: str, second: str, there: bool
+) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.write_text("kept\n")
+    sentence = refused(
+        cli("run", "--trace", "exits", first, out, second, f"{tmp_path}/./out", halt)
+    )
+    assert sentence == f"{second} {tmp_path}/./out would overwrite {out}, where {first} goes"
+    assert out.exists() == there
+
+
+def test_outputs_that_are_one_device_are_taken(cli: Cli, halt: Path) -> None:
+    null = ("--log", "/dev/null", "--trace", "exits", "--trace-out", "/dev/null")
+    assert cli("run", "--platform", "sim", "--vm-type", "plain", *null, halt).code == 0
+
+
 @pytest.mark.parametrize("command", ["measure", "run"])
 def test_bad_input_leaves_an_older_log_alone(
     cli: Cli, halt: Path, tmp_path: Path, command: str

@@ -151,10 +151,18 @@ def test_trace_when_no_file_is_named_goes_to_stderr(cli: Cli, guests: Path) -> N
     assert any("<ghcb_msr+" in line and "HV_FEATURES" in line for line in lines)
 
 
-def test_trace_when_it_would_overwrite_the_image_is_bad_input(cli: Cli, halt: Path) -> None:
-    done = cli("run", "--platform", "sim", "--trace", "exits", "--trace-out", halt, halt)
-    assert (done.code, len(done.errors)) == (2, 1)
-    assert halt.read_bytes() == b"\xf4"
+@pytest.mark.parametrize("name", ["", "folder", "folder/none/trace"])
+def test_trace_when_its_file_cant_be_made_is_one_sentence(
+    cli: Cli, halt: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    out = f"{tmp_path}/{name}" if name else ""
+    done = cli(
+        *("-q", "run", "--platform", "sim", "--vm-type", "plain"),
+        *("--trace", "exits", "--trace-out", out, halt),
+    )
+    assert (done.code, len(done.errors)) == (1, 1)
+    assert done.err.startswith(f"kvmlaunch: trace {out}: ")
 
 
 def test_trace_out_when_nothing_is_traced_is_bad_input(cli: Cli, halt: Path) -> None:

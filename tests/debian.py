@@ -21,6 +21,8 @@ from tests.host import require
 _APT_SECONDS = 240
 _DIGITS = re.compile(r"(\d+)")
 _MADISON = ("apt-cache", "madison")
+# The second is tar's, where there is room for a part of a block.
+_FULL = re.compile(r"^.*(?:No space left on device|Wrote only \d+ of \d+ bytes).*$", re.MULTILINE)
 
 
 class Unavailable(Exception):
@@ -144,13 +146,23 @@ def cache_dir() -> Path:
 def _run(package: str, *command: str, cwd: str | None = None) -> str:
     try:
         done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, check=True, timeout=_APT_SECONDS
+            command,
+            cwd=cwd,
+            # Their messages are read below.
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_APT_SECONDS,
         )
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip()
-        kind = DiskFull if "No space left on device" in said else Unavailable
+        if full := _FULL.search(said):
+            raise DiskFull(
+                f"package {package} can't be fetched, the disk is full: {full[0]}"
+            ) from None
         last = " ".join(said.splitlines()[-1:])
-        raise kind(f"package {package} can't be fetched: {last}") from None
+        raise Unavailable(f"package {package} can't be fetched: {last}") from None
     except subprocess.TimeoutExpired:
         raise Unavailable(
             f"package {package} can't be fetched: no answer in {_APT_SECONDS} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -109,13 +110,31 @@ def test_package_when_fetched_before_is_not_fetched_again(apt: Path) -> None:
     assert debian.unpacked("ovmf") == first
 
 
-@pytest.mark.parametrize("program", ["apt-get", "dpkg"])
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("apt-get", "Error writing to file - write (28: No space left on device)"),
+        ("dpkg", "tar: ./usr/x.xz: Cannot write: No space left on device"),
+        ("dpkg", "tar: ./usr/x.xz: Wrote only 1536 of 10240 bytes"),
+    ],
+)
 def test_package_when_the_disk_is_full_says_so_and_leaves_nothing(
-    apt: Path, tmp_path: Path, program: str
+    apt: Path, tmp_path: Path, program: str, said: str
 ) -> None:
-    full = "echo 'No space left on device' >&2; exit 2"
+    full = f"echo '{said}' >&2; echo 'E: it failed' >&2; exit 2"
     uris = f'case "$*" in *--print-uris*) ;; *) {full} ;; esac'
     stub(apt, program, f"{uris}\n{GET}" if program == "apt-get" else full)
-    with pytest.raises(DiskFull, match="ovmf can't be fetched: No space left on device"):
+    message = f"package ovmf can't be fetched, the disk is full: {said}"
+    with pytest.raises(DiskFull, match=f"^{re.escape(message)}$"):
         debian.unpacked("ovmf")
     assert list((tmp_path / "cache/kvmlaunch").iterdir()) == []
+
+
+def test_package_when_the_user_speaks_another_language_is_asked_for_in_english(
+    apt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a full disk is called depends on it."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    stub(apt, "apt-get", 'echo "$LC_ALL" >&2; exit 1')
+    with pytest.raises(Unavailable, match=r"ovmf can't be fetched: C\.UTF-8$"):
+        debian.unpacked("ovmf")

@@ -3,7 +3,8 @@
 KVM can't read the messages. It copies the request page to a page of its own, lets firmware
 answer into another one, and copies that to the guest, so that firmware never writes to guest
 memory. An extended request for a report may carry certificates besides; without userspace's
-help (KVM_SEV_SNP_ENABLE_REQ_CERTS) their table is empty.
+help (KVM_SEV_SNP_ENABLE_REQ_CERTS) their table is empty. That the pages are two, and aligned,
+was checked before (sev_es_validate_vmgexit).
 
 Values in the GHCB are those of AMD 56421 (GHCB specification).
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["CertificatesWanted", "GuestMemory", "GuestRequests", "Reply"]
 
 _INFO_1_ERROR = 2
-_MISSING_INPUT, _INVALID_INPUT = 4, 5
+_INVALID_INPUT = 5
 _VMM_ERROR_SHIFT = 32
 _VMM_INVALID_LEN, _VMM_BUSY = 1, 2
 _VMM_GENERIC = 0xFFFFFFFF  # KVM's own, from 7.0
@@ -90,8 +91,6 @@ class GuestRequests:
 
     def handle(self, memory: GuestMemory, request_gpa: int, response_gpa: int) -> Reply:
         """A guest request. A firmware status goes to the guest, with a page that is stale."""
-        if _malformed(request_gpa, response_gpa):
-            return Reply(_INFO_1_ERROR, _MISSING_INPUT)
         with self._lock:
             pages = self._host.memory
             pages.page(self._request)[:] = _read(memory, request_gpa, PAGE_SIZE)
@@ -114,8 +113,6 @@ class GuestRequests:
 
         What `CertificatesWanted` brings is given to `finish_extended`.
         """
-        if _malformed(request_gpa, response_gpa):
-            return Reply(_INFO_1_ERROR, _MISSING_INPUT)
         (message_type,) = _read(memory, request_gpa + _MSG_TYPE_OFFSET, 1)
         if message_type == MessageType.REPORT_REQ:
             if rax is None or rbx is None or rax % PAGE_SIZE:
@@ -139,11 +136,6 @@ class GuestRequests:
             refuse(errno.EINVAL)
         rbx = npages if ret == errno.ENOSPC else None
         return Reply(0, _VMM_ERRORS[ret] << _VMM_ERROR_SHIFT, rbx)
-
-
-def _malformed(request_gpa: int, response_gpa: int) -> bool:
-    """The checks of sev_es_validate_vmgexit()."""
-    return bool(request_gpa % PAGE_SIZE or response_gpa % PAGE_SIZE) or request_gpa == response_gpa
 
 
 def _read(memory: GuestMemory, gpa: int, size: int) -> bytes:

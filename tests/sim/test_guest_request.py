@@ -125,17 +125,6 @@ def test_request_refused_by_firmware_gives_its_status_and_the_answer_before(aske
     assert asker.answer == good
 
 
-@pytest.mark.parametrize(
-    ("request_gpa", "response_gpa"),
-    [(REQUEST + 8, RESPONSE), (REQUEST, RESPONSE + 1), (REQUEST, REQUEST)],
-)
-def test_request_with_bad_gpa_is_missing_input_and_not_issued(asker, request_gpa, response_gpa):
-    # sev_es_validate_vmgexit(): GHCB_ERR_MISSING_INPUT
-    assert asker.ask(request_gpa, response_gpa) == (2, 4, None)
-    assert asker.ask_extended(request_gpa, response_gpa) == (2, 4, None)
-    assert asker.ask() == (0, 0, None)
-
-
 def test_request_in_a_hole_is_eio_and_not_issued(asker):
     with pytest.raises(OSError, match="Input/output") as caught:
         asker.ask(request=0x90000)

@@ -106,12 +106,12 @@ class Inside:
         if args.trace_out is None:
             yield Trace(args.trace, _to_stderr, as_json=as_json)
             return
-        try:
-            # Unbuffered: what was traced is there even if this process dies.
-            file = open(args.trace_out, "wb", buffering=0)
-        except OSError as error:
-            raise KvmLaunchError(f"trace {args.trace_out}: {error.strerror}") from None
-        with file:
+        with contextlib.ExitStack() as stack:
+            try:
+                # Unbuffered: what was traced is there even if this process dies.
+                file = stack.enter_context(open(args.trace_out, "wb", buffering=0))
+            except OSError as error:
+                raise KvmLaunchError(f"trace {args.trace_out}: {error.strerror}") from None
             yield Trace(args.trace, lambda line: file.write(line.encode()), as_json=as_json)
 
 

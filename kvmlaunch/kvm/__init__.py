@@ -8,7 +8,8 @@ from kvmlaunch.kvm.sev import SevDevice, SevStatus, SnpStatus
 from kvmlaunch.kvm.state import apply_state
 from kvmlaunch.kvm.system import Kvm, cbitpos
 from kvmlaunch.kvm.vcpu import Vcpu
-from kvmlaunch.kvm.vm import SevResult, Vm
+from kvmlaunch.kvm.sev_command import SevResult
+from kvmlaunch.kvm.vm import Vm
 
 __all__ = [
     "GuestMemfd",

@@ -18,6 +18,7 @@ from kvmlaunch.kvm.exits import (
     RetryExit,
     decode_exit,
 )
+from kvmlaunch.kvm.sev_command import SevResult, sev_command
 from kvmlaunch.uapi import Platform, ffi, lib
 
 __all__ = ["Vcpu"]
@@ -96,6 +97,13 @@ class Vcpu(Descriptor):
             if isinstance(exit_, MemoryFaultExit):
                 return replace(exit_, errno=result.errno)
         raise self._failed("KVM_RUN", result.errno, None)
+
+    def sev_command_raw(self, command: int, data: Any = None, *, sev_fd: int = 0) -> SevResult:
+        """Issue a SEV command of this vCPU, unchecked (KVM_MEMORY_ENCRYPT_OP; see `sev_command`).
+
+        Mainline has none for SNP.
+        """
+        return sev_command(self, command, data, sev_fd)
 
     def request_exit(self) -> None:
         """Make the next KVM_RUN, or the present one once it is signalled, return EINTR.

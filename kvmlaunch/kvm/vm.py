@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from kvmlaunch.errors import VmDeadError
 from kvmlaunch.kvm.calls import dead_error, ioctl_error
 from kvmlaunch.kvm.descriptor import Descriptor
 from kvmlaunch.kvm.guest_memfd import GuestMemfd
+from kvmlaunch.kvm.sev_command import SevResult, sev_command
 from kvmlaunch.kvm.vcpu import Vcpu
-from kvmlaunch.uapi import Platform, address_of, ffi, lib
+from kvmlaunch.uapi import Platform, ffi, lib
 
-__all__ = ["SevResult", "Vm"]
-
-
-class SevResult(NamedTuple):
-    """Outcome of a SEV command: ``ret``, ``errno`` and the firmware word ``fw_error``."""
-
-    ret: int
-    errno: int
-    fw_error: int
+__all__ = ["Vm"]
 
 
 class Vm(Descriptor):
@@ -138,15 +131,5 @@ class Vm(Descriptor):
         self.ioctl("KVM_SET_MEMORY_ATTRIBUTES", request, fields=fields)
 
     def sev_command_raw(self, command: int, data: Any = None, *, sev_fd: int = 0) -> SevResult:
-        """Issue a SEV command, unchecked (KVM_MEMORY_ENCRYPT_OP).
-
-        ``data`` is a cffi pointer to the command's struct, or None. The firmware
-        word is set to 0 beforehand, since the kernel leaves it alone when the
-        firmware isn't called.
-        """
-        request = ffi.new(
-            "struct kvm_sev_cmd *",
-            {"id": command, "data": address_of(data) if data is not None else 0, "sev_fd": sev_fd},
-        )
-        result = self.ioctl_raw("KVM_MEMORY_ENCRYPT_OP", request)
-        return SevResult(result.ret, result.errno, int(request.error))
+        """Issue a SEV command, unchecked (KVM_MEMORY_ENCRYPT_OP; see `sev_command`)."""
+        return sev_command(self, command, data, sev_fd)

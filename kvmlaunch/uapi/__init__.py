@@ -12,16 +12,19 @@ from kvmlaunch.uapi.inspection import Inspector, TraceEvent
 from kvmlaunch.uapi.ioctls import ARGUMENT, COMMAND_ARGUMENT, command_name, ioctl_name
 from kvmlaunch.uapi.memory import address_of, peek, poke
 from kvmlaunch.uapi.platform import MeasuredPage, Platform, Result, RunResult
+from kvmlaunch.uapi.proposal import PROPOSAL_VARIABLE, Proposal, parse_proposal
 from kvmlaunch.uapi.real import RealPlatform
 from kvmlaunch.uapi.recorder import Call, Recorder
 
 __all__ = [
     "ARGUMENT",
     "COMMAND_ARGUMENT",
+    "PROPOSAL_VARIABLE",
     "Call",
     "Inspector",
     "MeasuredPage",
     "Platform",
+    "Proposal",
     "RealPlatform",
     "Recorder",
     "Result",
@@ -32,6 +35,7 @@ __all__ = [
     "ffi",
     "ioctl_name",
     "lib",
+    "parse_proposal",
     "peek",
     "poke",
 ]

@@ -46,7 +46,7 @@ class Proposal:
                 raise FormatError(f"{field.name.upper()}={value:#x} doesn't fit into {bits} bits")
 
 
-def parse_proposal(text: str, base: Proposal = Proposal()) -> Proposal:  # noqa: B008 - frozen
+def parse_proposal(text: str, base: Proposal = Proposal()) -> Proposal:
     """``base`` with the numbers of ``NAME=NUMBER[,NAME=NUMBER...]``.
 
     Names are the kernel's, with or without their prefix: ``KVM_CAP_SNP_DIRECT_VMSA=251`` or

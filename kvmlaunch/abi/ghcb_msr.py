@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvmlaunch.abi.ghcb import GhcbError
+from .ghcb import GhcbError
 
 __all__ = ["EXAMPLES_SET", "Termination", "decode_termination"]
 

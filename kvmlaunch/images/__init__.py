@@ -7,8 +7,9 @@ import os
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import elf, flat, ovmf
 from kvmlaunch.images.options import PlanOptions
-from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece, VmsaMode
 from kvmlaunch.images.source import ImageSource, open_image
+from kvmlaunch.images.vmsas import SyncFallback, VmsaChoice, supply_vmsas, to_sync
 
 __all__ = [
     "ImageSource",
@@ -17,9 +18,13 @@ __all__ = [
     "PageRange",
     "Piece",
     "PlanOptions",
+    "SyncFallback",
+    "VmsaChoice",
+    "VmsaMode",
     "load_image",
     "open_image",
     "sniff",
+    "to_sync",
 ]
 
 _LOADERS = {"elf": elf.load, "flat": flat.load, "ovmf": ovmf.load}
@@ -43,11 +48,20 @@ def load_image(
     if kind in _NOT_YET:
         raise source.fail(f"{_NOT_YET[kind]} can't be launched yet")
     try:
-        return _LOADERS[kind](source, options)
+        return _with_vmsas(_LOADERS[kind](source, options), options)
     except ImageError:
         raise
     except FormatError as error:
         raise source.fail(error.rule, offset=error.offset) from error
+
+
+def _with_vmsas(plan: LaunchPlan, options: PlanOptions) -> LaunchPlan:
+    if options.vmsa_mode is None and not options.vmsas:
+        return plan
+    mode = VmsaMode(options.vmsa_mode or VmsaMode.DIRECT)
+    if mode is VmsaMode.SYNC:
+        return plan
+    return supply_vmsas(plan, mode, options.vmsas or (VmsaChoice(),), forced=options.forced)
 
 
 def sniff(source: ImageSource) -> str:

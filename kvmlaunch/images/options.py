@@ -13,10 +13,12 @@ from kvmlaunch.images.plan import (
     LaunchPlan,
     MemoryRegion,
     PageRange,
+    VmsaMode,
     check_identity,
     ram_regions,
 )
 from kvmlaunch.images.source import ImageSource
+from kvmlaunch.images.vmsas import VmsaChoice
 
 __all__ = [
     "DEFAULT_CBITPOS",
@@ -59,6 +61,10 @@ class PlanOptions:
         load_addr, entry: where a flat image goes and starts (entry: ELF too).
         confidential: False plans for a plain VM, whose page tables have no C-bit.
         cbitpos: position of the C-bit in page tables; None for ``DEFAULT_CBITPOS``.
+        vmsa_mode: who makes the VMSAs; None: KVM (``sync``), unless there are ``vmsas``
+            (``direct``).
+        vmsas: VMSA pages of modes ``page`` and ``direct``; without any, vCPU 0 gets one.
+        forced: the kernel may refuse the VMSAs, they aren't checked before.
     """
 
     image_type: str = "auto"
@@ -75,6 +81,9 @@ class PlanOptions:
     entry: int | None = None
     confidential: bool = True
     cbitpos: int | None = None
+    vmsa_mode: VmsaMode | str | None = None
+    vmsas: tuple[VmsaChoice, ...] = ()
+    forced: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no launch could use."""
@@ -106,6 +115,16 @@ class PlanOptions:
         if self.author_key_enabled and self.id_auth is None:
             raise FormatError("an author key is part of the ID authentication, which is missing")
         self._check_memory()
+        self._check_vmsa_mode()
+
+    def _check_vmsa_mode(self) -> None:
+        known = [mode.value for mode in VmsaMode]
+        if self.vmsa_mode is not None and self.vmsa_mode not in known:
+            raise FormatError(f"unknown VMSA mode {self.vmsa_mode!r}, known are {', '.join(known)}")
+        if self.vmsa_mode == VmsaMode.SYNC and self.vmsas:
+            raise FormatError(
+                "in mode sync KVM makes the VMSAs: plan for mode direct, then use to_sync()"
+            )
 
     def _check_memory(self) -> None:
         if self.memory is None:

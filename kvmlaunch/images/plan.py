@@ -6,9 +6,10 @@ mapped image files and never copies page contents.
 
 from __future__ import annotations
 
+import enum
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
@@ -19,10 +20,12 @@ from kvmlaunch.errors import FormatError
 __all__ = [
     "HIGH_MEMORY",
     "LOW_MEMORY_END",
+    "SYNC_VMSA_GPA",
     "LaunchPlan",
     "MemoryRegion",
     "PageRange",
     "Piece",
+    "VmsaMode",
     "check_identity",
     "free_gpa",
     "ram_regions",
@@ -32,7 +35,24 @@ LOW_MEMORY_END = 0xC000_0000
 """RAM above this size continues at 4 GiB, as on QEMU's q35 with more than 3 GiB."""
 HIGH_MEMORY = 0x1_0000_0000
 
+SYNC_VMSA_GPA = 0xFFFF_FFFF_F000
+"""GPA at which KVM has the VMSAs that it makes itself measured (INITIAL_VMSA_GPA in svm/sev.c)."""
+
 _GPA_LIMIT = 1 << 52  # most physical address bits of x86-64 (APM volume 2, section 5.3)
+
+
+class VmsaMode(str, enum.Enum):
+    """Who makes the VMSAs of a launch."""
+
+    SYNC = "sync"
+    """KVM, one per vCPU, at SNP_LAUNCH_FINISH (mainline)."""
+    PAGE = "page"
+    """User space, one page for the first vCPU (proposal v1)."""
+    DIRECT = "direct"
+    """User space, a page for each vCPU that shall start with the guest (proposal v2)."""
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -197,7 +217,12 @@ class LaunchPlan:
         data: the image's bytes (for its SHA-256 in the log header).
         memory: guest RAM, sorted by GPA.
         steps: page ranges in launch order.
-        vcpus: wanted initial state of each vCPU, in creation order.
+        vcpus: wanted initial state of each vCPU, in creation order; what it starts with in
+            mode sync.
+        vmsa_mode: who makes the VMSAs; in mode sync no step is one.
+        bindings: vCPU index -> GPA of the VMSA step that it starts from. Another vCPU has
+            none until the guest gives it one.
+        forced: the VMSAs need not keep the rules that the kernel will check.
         policy: guest policy (u64), see :mod:`kvmlaunch.abi.policy`.
         sev_features: what every VMSA's SEV_FEATURES must hold (bit 0 = SNP active).
         host_data: 32 bytes for SNP_LAUNCH_FINISH.
@@ -226,6 +251,9 @@ class LaunchPlan:
     cbitpos: int | None = None
     apic: bool = False
     vmpls: bool = False
+    vmsa_mode: VmsaMode = VmsaMode.SYNC
+    bindings: Mapping[int, int] = field(default_factory=dict, hash=False)
+    forced: bool = False
 
     def __post_init__(self) -> None:
         """Refuse parts that don't fit together."""
@@ -233,11 +261,15 @@ class LaunchPlan:
             raise FormatError("a guest needs at least one vCPU")
         check_identity(self.host_data, self.id_block, self.id_auth)
         _check_regions(self.memory)
-        _check_steps(self.steps, self.memory)
+        _check_overlaps(self.steps)
+        for step in self.steps:
+            if not (self.forced and step.type is PageType.VMSA):
+                _check_inside(step, self.memory)
+        _check_bindings(self)
 
     @property
     def npages(self) -> int:
-        """Number of 4 KiB pages that the steps launch (VMSAs not counted)."""
+        """Number of 4 KiB pages that the steps launch (without VMSAs that KVM makes)."""
         return sum(step.npages for step in self.steps)
 
     def pages(self) -> Iterator[tuple[PageRange, int]]:
@@ -245,6 +277,15 @@ class LaunchPlan:
         for step in self.steps:
             for index in range(step.npages):
                 yield step, index
+
+    def vcpu_at(self, step: PageRange) -> int | None:
+        """The vCPU that starts from a VMSA step; None for other steps."""
+        starts = (vcpu for vcpu, gpa in self.bindings.items() if step.gpa <= gpa < step.end)
+        return next(starts, None)
+
+    def starts(self, vcpu: int) -> bool:
+        """Whether the vCPU has a VMSA when the guest begins."""
+        return self.vmsa_mode is VmsaMode.SYNC or vcpu in self.bindings
 
     def step_at(self, gpa: int) -> PageRange | None:
         """The page range that holds ``gpa``, or None."""
@@ -280,7 +321,7 @@ def _check_regions(memory: tuple[MemoryRegion, ...]) -> None:
             )
 
 
-def _check_steps(steps: tuple[PageRange, ...], memory: tuple[MemoryRegion, ...]) -> None:
+def _check_overlaps(steps: tuple[PageRange, ...]) -> None:
     by_gpa = sorted(steps, key=lambda step: step.gpa)
     for left, right in itertools.pairwise(by_gpa):
         if left.end > right.gpa:
@@ -288,9 +329,39 @@ def _check_steps(steps: tuple[PageRange, ...], memory: tuple[MemoryRegion, ...])
                 f"{left.label} ({left.gpa:#x}..{left.end:#x}, {left.origin}) overlaps "
                 f"{right.label} ({right.gpa:#x}..{right.end:#x}, {right.origin})"
             )
-    for step in steps:
-        if not any(region.gpa <= step.gpa and step.end <= region.end for region in memory):
+
+
+def _check_inside(step: PageRange, memory: tuple[MemoryRegion, ...]) -> None:
+    if not any(region.gpa <= step.gpa and step.end <= region.end for region in memory):
+        raise FormatError(
+            f"{step.label} ({step.gpa:#x}..{step.end:#x}, {step.origin}) is outside "
+            "the guest's memory"
+        )
+
+
+def _check_bindings(plan: LaunchPlan) -> None:
+    vmsas = [step for step in plan.steps if step.type is PageType.VMSA]
+    for step in vmsas:
+        if step.npages != 1:
+            raise FormatError(f"{step.label} has {step.npages} pages, a VMSA is one")
+    if plan.vmsa_mode is VmsaMode.SYNC:
+        if vmsas or plan.bindings:
             raise FormatError(
-                f"{step.label} ({step.gpa:#x}..{step.end:#x}, {step.origin}) is outside "
-                "the guest's memory"
+                "VMSA pages are for modes page and direct; in mode sync KVM makes them"
             )
+        return
+    if not plan.confidential:
+        raise FormatError(f"VMSA mode {plan.vmsa_mode} is for SNP guests, a plain VM has no VMSAs")
+    for vcpu, gpa in plan.bindings.items():
+        if not 0 <= vcpu < len(plan.vcpus):
+            raise FormatError(f"a VMSA is for vCPU {vcpu}, but there are {len(plan.vcpus)} vCPUs")
+        if not any(step.gpa <= gpa < step.end for step in vmsas):
+            raise FormatError(f"vCPU {vcpu} starts at GPA {gpa:#x}, where no VMSA is")
+    if len({*plan.bindings.values()}) < len(plan.bindings):
+        raise FormatError("two vCPUs start from one VMSA")
+    if (
+        plan.vmsa_mode is VmsaMode.PAGE
+        and not plan.forced
+        and (len(vmsas) != 1 or set(plan.bindings) != {0})
+    ):
+        raise FormatError("VMSA mode page takes one VMSA, which is for vCPU 0")

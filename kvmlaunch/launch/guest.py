@@ -3,25 +3,34 @@
 guest = Guest(plan, platform)       # VM, memory, vCPUs with their registers
 guest.start()                       # SNP_LAUNCH_START
 for record in guest.update(): ...   # SNP_LAUNCH_UPDATE, a record per page
-for record in guest.finish(): ...   # SNP_LAUNCH_FINISH, a record per VMSA
+for record in guest.finish(): ...   # SNP_LAUNCH_FINISH, a record per VMSA that KVM makes
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
-from kvmlaunch.errors import ClosedError, FormatError, LaunchStateError, MissingCapability
-from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange
+from kvmlaunch.errors import (
+    ClosedError,
+    FormatError,
+    IoctlError,
+    KvmLaunchError,
+    LaunchStateError,
+    MissingCapability,
+)
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, VmsaMode
 from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, apply_state, cbitpos
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
-from kvmlaunch.launch.measure import Predictor
+from kvmlaunch.launch.measure import Predictor, finish_records
 from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.registers import read_registers
 from kvmlaunch.snp import CpuidRejected, Finished, New, Started
-from kvmlaunch.uapi import Inspector, Platform, address_of, ffi, lib
+from kvmlaunch.snp.vcpu_state import VcpuState, enable_direct_vmsa, get_vcpu_state, set_vcpu_state
+from kvmlaunch.uapi import Inspector, Platform, Proposal, address_of, ffi, lib
 
 __all__ = ["Guest", "Witness", "WitnessReport"]
 
@@ -73,15 +82,24 @@ class Guest:
     plain VM) and ``corrections`` (refused CPUID pages whose correction was taken).
     """
 
-    def __init__(self, plan: LaunchPlan, platform: Platform, *, ghcb_version: int = 0) -> None:
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        platform: Platform,
+        *,
+        ghcb_version: int = 0,
+        proposal: Proposal | None = None,
+    ) -> None:
         """Build everything up to the vCPUs. Raises MissingCapability and IoctlError.
 
         FormatError where the plan's page tables have another C-bit than the host tells.
         A plan that isn't confidential makes a plain VM, whose pages are loaded at once.
-        ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel.
+        ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel. ``proposal``: numbers
+        for the VMSA modes ``page`` and ``direct``.
         """
         self.plan = plan
         self.platform = platform
+        self._proposal = Proposal() if proposal is None else proposal
         self.records: list[PageRecord] = []
         self.corrections: list[CpuidRejected] = []
         self.state: New | Started | Finished | None = None
@@ -118,7 +136,20 @@ class Guest:
         vm.enable_cap(lib.KVM_CAP_EXIT_HYPERCALL, 1 << lib.KVM_HC_MAP_GPA_RANGE)
         features = self.plan.sev_features & ~1
         self.state = New.init(vm, self.sev, vmsa_features=features, ghcb_version=ghcb_version)
+        if self.plan.vmsa_mode is VmsaMode.DIRECT:
+            self._enable_direct_vmsa(vm)
         return vm
+
+    def _enable_direct_vmsa(self, vm: Vm) -> None:
+        try:
+            enable_direct_vmsa(vm, self._proposal)
+        except IoctlError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise MissingCapability(
+                f"KVM_CAP_SNP_DIRECT_VMSA (number {self._proposal.direct_vmsa}: --proposal-cap)",
+                "VMSA mode direct",
+            ) from error
 
     def _add_memory(self, stack: ExitStack, slot: int, region: MemoryRegion) -> None:
         memory = HostMemory(self.platform, region.size)
@@ -145,13 +176,26 @@ class Guest:
                 confidential=self.plan.confidential,
                 vcpus=len(self.plan.vcpus),
             )
-            apply_state(vcpu, state, cpuid, bsp=index == 0)
-            if self.plan.apic and self.plan.confidential and index:
+            if self.plan.vmsa_mode is VmsaMode.SYNC:
+                apply_state(vcpu, state, cpuid, bsp=index == 0)
+            else:
+                vcpu.set_cpuid(cpuid)
+            if self._is_parked(index):
                 # As KVM leaves them, waiting for INIT, it never notices GHCB AP creation.
                 vcpu.set_mp_state(lib.KVM_MP_STATE_AP_RESET_HOLD)
             self.vcpus.append(vcpu)
             if index == 0:
                 self._bsp_cpuid = cpuid
+
+    def _is_parked(self, vcpu: int) -> bool:
+        """A vCPU that the guest starts itself, on a kernel that needs help to see that."""
+        plan = self.plan
+        return (
+            bool(vcpu)
+            and plan.apic
+            and plan.confidential
+            and (plan.vmsa_mode is not VmsaMode.DIRECT)
+        )
 
     def _check_cbitpos(self, host: int | None) -> None:
         planned = self.plan.cbitpos
@@ -200,14 +244,16 @@ class Guest:
             yield from self._update_step(self._in_state("update"), step, retry_cpuid)
 
     def finish(self) -> list[PageRecord]:
-        """SNP_LAUNCH_FINISH; returns a record per VMSA that KVM measured."""
+        """SNP_LAUNCH_FINISH; returns a record per VMSA that KVM made and measured.
+
+        In mode ``direct`` each vCPU gets its VMSA before (SNP_SET_VCPU_STATE).
+        """
         state = self._in_state("finish")
         # A step in the wrong state must leave the prediction as it is.
         predictor = self._predictor.copy()
-        records = [
-            predictor.synced_vmsa(index, vmsa, self.plan.sev_features)
-            for index, vmsa in enumerate(self.plan.vcpus)
-        ]
+        records = list(finish_records(self.plan, predictor))
+        if self.plan.vmsa_mode is VmsaMode.DIRECT:
+            self._bind()
         self.state = state.finish(
             host_data=self.plan.host_data,
             id_block=self.plan.id_block,
@@ -218,6 +264,19 @@ class Guest:
         self._predictor = predictor
         self.records += records
         return records
+
+    def _bind(self) -> None:
+        for index, gpa in self.plan.bindings.items():
+            vcpu = self.vcpus[index]
+            # The GHCB MSR keeps its value: what isn't given here is taken away.
+            wanted = get_vcpu_state(vcpu, self._proposal)._replace(vmsa_gpa=gpa)
+            set_vcpu_state(vcpu, wanted, self._proposal)
+            bound = get_vcpu_state(vcpu, self._proposal)
+            if bound != wanted:
+                raise KvmLaunchError(
+                    f"vCPU {index} was given {_state_text(wanted)}, "
+                    f"but KVM says that it has {_state_text(bound)}"
+                )
 
     def launch(self, *, retry_cpuid: bool = False) -> Guest:
         """start(), update() and finish() in one call; returns the guest."""
@@ -236,14 +295,14 @@ class Guest:
     def _update_step(
         self, state: Started, step: PageRange, retry_cpuid: bool
     ) -> Iterator[PageRecord]:
-        index = 0
+        index, vcpu = 0, self.plan.vcpu_at(step)
         with HostMemory(self.platform, _CHUNK_PAGES * PAGE_SIZE) as staging:
             while index < step.npages:
                 count = min(_CHUNK_PAGES, step.npages - index)
                 address = self._source(step, index, count, staging)
                 for done in self._send(state, step, index, address, count, retry_cpuid):
                     # All that the kernel took is recorded before anyone looks at it.
-                    batch = [self._predictor.page(step, index + n) for n in range(done)]
+                    batch = [self._predictor.page(step, index + n, vcpu) for n in range(done)]
                     self.records += batch
                     index += done
                     yield from batch
@@ -264,11 +323,12 @@ class Guest:
             return f"page {index} of {step.label} ({step.origin_of(index)})"
 
         gpa, size = step.gpa + first * PAGE_SIZE, count * PAGE_SIZE
+        kind = self._proposal.page_type_vmsa if step.type is PageType.VMSA else int(step.type)
         sent, corrected = 0, -1
         while sent < size:
             source = address + sent if address else 0
             try:
-                for done in state.update_all(gpa + sent, step.type, source, size - sent, what=what):
+                for done in state.update_all(gpa + sent, kind, source, size - sent, what=what):
                     sent += done
                     yield done // PAGE_SIZE
             except CpuidRejected as error:
@@ -359,3 +419,8 @@ class Guest:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _state_text(state: VcpuState) -> str:
+    vmsa, ghcb = ("none" if gpa is None else f"GPA {gpa:#x}" for gpa in state)
+    return f"VMSA {vmsa} and GHCB {ghcb}"

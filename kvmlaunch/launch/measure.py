@@ -8,15 +8,12 @@ from dataclasses import dataclass
 
 from kvmlaunch.abi.digest import LaunchDigest, sha384
 from kvmlaunch.abi.kvm_sync import synced
-from kvmlaunch.abi.page import Buffer, PageType
+from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.images.plan import LaunchPlan, PageRange
+from kvmlaunch.images.plan import SYNC_VMSA_GPA, LaunchPlan, PageRange, VmsaMode
 from kvmlaunch.launch.records import PageRecord
 
-__all__ = ["KVM_VMSA_GPA", "Measurement", "Predictor", "measure", "page_records"]
-
-KVM_VMSA_GPA = 0xFFFF_FFFF_F000
-"""GPA at which KVM has its own VMSAs measured (INITIAL_VMSA_GPA in svm/sev.c)."""
+__all__ = ["Measurement", "Predictor", "finish_records", "measure", "page_records"]
 
 
 @dataclass(frozen=True)
@@ -51,32 +48,27 @@ class Predictor:
         """Number of pages so far."""
         return self._seq
 
-    def page(self, step: PageRange, index: int) -> PageRecord:
-        """Add page ``index`` of a plan's page range."""
-        gpa = step.gpa + index * 4096
-        data = step.page(index) if step.type is PageType.NORMAL else None
-        contents = self._digest.update(step.type, gpa, data)
-        return self._record(gpa, step.type, contents, step.origin_of(index), step.label)
-
-    def vmsa(self, vcpu: int, page: bytes, gpa: int, origin: str) -> PageRecord:
-        """Add the VMSA page of a vCPU."""
-        contents = self._digest.update(PageType.VMSA, gpa, page)
-        return self._record(gpa, PageType.VMSA, contents, origin, f"vmsa {vcpu}", vcpu)
+    def page(self, step: PageRange, index: int, vcpu: int | None = None) -> PageRecord:
+        """Add page ``index`` of a plan's page range; ``vcpu`` starts from it if it is a VMSA."""
+        gpa = step.gpa + index * PAGE_SIZE
+        data = step.page(index) if step.type.measures_contents else None
+        return self._add(step.type, gpa, data, step.origin_of(index), step.label, vcpu)
 
     def synced_vmsa(self, vcpu: int, state: Vmsa, sev_features: int) -> PageRecord:
         """Add the VMSA that KVM itself makes of a vCPU's state at LAUNCH_FINISH."""
         page = synced(state, sev_features=sev_features).encode()
-        return self.vmsa(vcpu, page, KVM_VMSA_GPA, "kvm-sync")
+        return self._add(PageType.VMSA, SYNC_VMSA_GPA, page, "kvm-sync", f"vmsa {vcpu}", vcpu)
 
-    def _record(
+    def _add(
         self,
-        gpa: int,
         type_: PageType,
-        contents: bytes,
+        gpa: int,
+        data: Buffer | None,
         origin: str,
         label: str,
-        vcpu: int | None = None,
+        vcpu: int | None,
     ) -> PageRecord:
+        contents = self._digest.update(type_, gpa, data)
         record = PageRecord(
             self._seq, gpa, type_, contents, self._digest.value, origin, label, vcpu
         )
@@ -84,15 +76,21 @@ class Predictor:
         return record
 
 
+def finish_records(plan: LaunchPlan, predictor: Predictor) -> Iterator[PageRecord]:
+    """What SNP_LAUNCH_FINISH adds: in mode ``sync`` a VMSA per vCPU, else nothing."""
+    if plan.vmsa_mode is VmsaMode.SYNC:
+        for vcpu, state in enumerate(plan.vcpus):
+            yield predictor.synced_vmsa(vcpu, state, plan.sev_features)
+
+
 def page_records(
     plan: LaunchPlan, hasher: Callable[[Buffer], bytes] = sha384
 ) -> Iterator[PageRecord]:
-    """One record per page of the plan and per VMSA, in launch order (mode ``sync``)."""
+    """One record per page of the plan and per VMSA, in launch order."""
     predictor = Predictor(hasher)
     for step, index in plan.pages():
-        yield predictor.page(step, index)
-    for vcpu, state in enumerate(plan.vcpus):
-        yield predictor.synced_vmsa(vcpu, state, plan.sev_features)
+        yield predictor.page(step, index, plan.vcpu_at(step))
+    yield from finish_records(plan, predictor)
 
 
 def measure(plan: LaunchPlan, hasher: Callable[[Buffer], bytes] = sha384) -> Measurement:

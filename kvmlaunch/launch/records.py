@@ -22,7 +22,8 @@ class PageRecord:
         digest: launch digest after this page, 48 bytes.
         origin: ``FILE+0xOFFSET``, or ``kvmlaunch:WHAT``.
         label: what the page is for.
-        vcpu: index of the vCPU whose VMSA this is, else None.
+        vcpu: index of the vCPU whose VMSA this is; None for other pages, and for a VMSA
+            that no vCPU starts from.
     """
 
     seq: int
@@ -37,7 +38,7 @@ class PageRecord:
     def to_event(self) -> dict[str, Any]:
         """The record as an event of schema kvmlaunch.log/1."""
         event: dict[str, Any] = {"event": "page", "seq": self.seq}
-        if self.vcpu is not None:
+        if self.type is PageType.VMSA:
             event["event"] = "vmsa"
             event["vcpu"] = self.vcpu
         event["gpa"] = f"{self.gpa:#x}"
@@ -45,7 +46,7 @@ class PageRecord:
         event["contents"] = self.contents.hex()
         event["digest"] = self.digest.hex()
         event["origin"] = self.origin
-        if self.vcpu is None:
+        if self.type is not PageType.VMSA:
             event["label"] = self.label
         return event
 

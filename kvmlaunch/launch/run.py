@@ -79,7 +79,7 @@ def run_guest(
     trace: Trace | None = None,
     debugger: Debugger | None = None,
 ) -> Outcome:
-    """Run every vCPU until the guest ends.
+    """Run every vCPU until the guest ends; not one that has no VMSA and waits for no INIT.
 
     ``console`` gets what the guest prints, ``on_exit`` each exit that is more than
     port I/O; both are called from the vCPUs' threads, one call at a time.
@@ -123,7 +123,10 @@ class _Run:
         self._over = threading.Event()
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
-        self._running = len(guest.vcpus)
+        self._runs = [
+            guest.plan.starts(index) or guest.plan.apic for index in range(len(guest.vcpus))
+        ]
+        self._running = sum(self._runs)
 
     def until(self, timeout: float | None) -> Outcome:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -135,8 +138,11 @@ class _Run:
         if self._debugger is not None:
             self._debugger.attach(self._kick, self._kill)
         try:
-            for thread in threads:
-                thread.start()
+            for index, thread in enumerate(threads):
+                if self._runs[index]:
+                    thread.start()
+                elif self._debugger is not None:
+                    self._debugger.gone(index)
             self._wait(deadline, timeout)
         except KeyboardInterrupt:
             self._end(Outcome("interrupted", False, "interrupted by the user"))

@@ -13,7 +13,7 @@ from kvmlaunch.launch.pagelog import NullLog, PageLog
 from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.run import Outcome, run_guest
 from kvmlaunch.launch.trace import Trace
-from kvmlaunch.uapi import Platform, Recorder
+from kvmlaunch.uapi import Platform, Proposal, Recorder
 
 __all__ = ["Session"]
 
@@ -32,6 +32,7 @@ class Session:
         *,
         log: PageLog | NullLog | None = None,
         ioctls: bool = False,
+        proposal: Proposal | None = None,
     ) -> None:
         self.plan = plan
         self.log = log if log is not None else NullLog()
@@ -42,9 +43,9 @@ class Session:
             plan,
             platform=platform.name,
             profile=platform.profile,
-            vmsa_mode="sync" if plan.confidential else "none",
+            vmsa_mode=str(plan.vmsa_mode) if plan.confidential else "none",
         )
-        self.guest = Guest(plan, self.platform)
+        self.guest = Guest(plan, self.platform, proposal=proposal)
 
     def launch(self, *, retry_cpuid: bool = False) -> WitnessReport:
         """Launch the guest; what was done is in the log also when it fails."""

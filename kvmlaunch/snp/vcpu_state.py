@@ -66,13 +66,20 @@ def set_vcpu_state(vcpu: Vcpu, state: VcpuState, proposal: Proposal) -> None:
         valid |= lib.KVM_SEV_SNP_VCPU_STATE_VMSA_VALID
     if state.ghcb_gpa is not None:
         valid |= lib.KVM_SEV_SNP_VCPU_STATE_GHCB_VALID
-    gpas = {"vmsa_gpa": state.vmsa_gpa or 0, "ghcb_gpa": state.ghcb_gpa or 0}
-    result = set_vcpu_state_raw(vcpu, proposal, valid_fields=valid, **gpas)
+    vmsa_gpa, ghcb_gpa = state.vmsa_gpa or 0, state.ghcb_gpa or 0
+    result = set_vcpu_state_raw(
+        vcpu, proposal, valid_fields=valid, vmsa_gpa=vmsa_gpa, ghcb_gpa=ghcb_gpa
+    )
     if result.ret < 0:
         raise ioctl_error(
             "KVM_SEV_SNP_SET_VCPU_STATE",
             result.errno,
-            fields={"vcpu": vcpu.vcpu_id, "valid_fields": valid, **gpas},
+            fields={
+                "vcpu": vcpu.vcpu_id,
+                "valid_fields": valid,
+                "vmsa_gpa": vmsa_gpa,
+                "ghcb_gpa": ghcb_gpa,
+            },
             explanation=_EXPLAINED.get(result.errno, ""),
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvmlaunch.errors import FormatError, KvmLaunchError
-from kvmlaunch.images import LaunchPlan
+from kvmlaunch.images import LaunchPlan, VmsaMode
 from kvmlaunch.kvm import Kvm, SevDevice, cbitpos
 from kvmlaunch.uapi import Platform, RealPlatform
 
@@ -14,6 +14,7 @@ __all__ = ["DEFAULT_PROFILE", "Choice", "host_cbitpos", "open_platform", "profil
 
 DEFAULT_PROFILE = "6.12"
 _VMPL_PROFILE = "multi-vmpl"
+_PROFILES = {VmsaMode.PAGE: "vmsa-page", VmsaMode.DIRECT: "direct-vmsa"}
 
 
 class Choice(NamedTuple):
@@ -59,9 +60,10 @@ def open_platform(
 def profile_for(plan: LaunchPlan, asked: str | None = None) -> str:
     """What to simulate for ``plan``: what was asked for, where that names a kernel.
 
-    Else mainline, unless the plan needs VMPLs, with the settings that were asked for.
+    Else mainline, unless the plan needs VMPLs or a proposal's VMSA mode, with the settings that
+    were asked for.
     """
-    default = _VMPL_PROFILE if plan.vmpls else DEFAULT_PROFILE
+    default = _VMPL_PROFILE if plan.vmpls else _PROFILES.get(plan.vmsa_mode, DEFAULT_PROFILE)
     if not asked:
         return default
     return f"{default},{asked}" if "=" in asked.split(",")[0] else asked

@@ -7,11 +7,13 @@ import json
 from collections import Counter
 from typing import Any
 
+from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.policy import describe_policy
 from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Segment, Vmsa, describe_sev_features
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, Talk
-from kvmlaunch.images import LaunchPlan
+from kvmlaunch.cli.vmsa_options import as_asked
+from kvmlaunch.images import LaunchPlan, PageRange, VmsaMode
 
 __all__ = ["add_parser"]
 
@@ -30,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _inspect(args: argparse.Namespace, talk: Talk) -> int:
-    plan = plan_from(args)
+    plan = as_asked(plan_from(args), args, talk)
     print(json.dumps(_as_json(plan), indent=2) if args.json else _as_text(plan))
     return DONE
 
@@ -56,6 +58,16 @@ def _as_json(plan: LaunchPlan) -> dict[str, Any]:
             }
             for s in plan.steps
         ],
+        "vmsa_mode": str(plan.vmsa_mode),
+        "vmsas": [
+            {
+                "gpa": f"{s.gpa:#x}",
+                "vcpu": plan.vcpu_at(s),
+                "origin": s.origin,
+                "fields": dict(_registers(Vmsa.decode(s.page(0)))),
+            }
+            for s in _vmsas(plan)
+        ],
         "pages": dict(_pages_by_type(plan)),
         "vcpus": [dict(_registers(vcpu)) for vcpu in plan.vcpus],
     }
@@ -78,13 +90,37 @@ def _as_text(plan: LaunchPlan) -> str:
     lines += ["", f"SEV features {plan.sev_features:#x}: {features}"]
     if plan.cbitpos is not None:
         lines += ["", f"C-bit {plan.cbitpos}, in the page tables"]
-    seen: dict[Vmsa, list[int]] = {}
-    for index, vcpu in enumerate(plan.vcpus):
-        seen.setdefault(vcpu, []).append(index)
-    for vcpu, indices in seen.items():
-        lines += ["", f"vCPU {_ranges(indices)} (fields that are not 0)"]
-        lines += [f"  {name:<16} {value}" for name, value in _registers(vcpu).items()]
+    lines += ["", *_vmsa_lines(plan)]
     return "\n".join(lines)
+
+
+def _vmsa_lines(plan: LaunchPlan) -> list[str]:
+    """The VMSAs with their fields, and who starts from which."""
+    if plan.vmsa_mode is VmsaMode.SYNC:
+        seen: dict[Vmsa, list[int]] = {}
+        for index, vcpu in enumerate(plan.vcpus):
+            seen.setdefault(vcpu, []).append(index)
+        blocks = [(f"vCPU {_ranges(indices)}", vcpu) for vcpu, indices in seen.items()]
+    else:
+        blocks = [(_vmsa_title(plan, s), Vmsa.decode(s.page(0))) for s in _vmsas(plan)]
+    lines = []
+    for title, vmsa in blocks:
+        lines += [f"{title} (fields that are not 0)"]
+        lines += [f"  {name:<16} {value}" for name, value in _registers(vmsa).items()]
+        lines += [""]
+    if without := [vcpu for vcpu in range(len(plan.vcpus)) if not plan.starts(vcpu)]:
+        lines += [f"vCPU {_ranges(without)} without a VMSA, until the guest makes one", ""]
+    return lines[:-1]
+
+
+def _vmsa_title(plan: LaunchPlan, step: PageRange) -> str:
+    vcpu = plan.vcpu_at(step)
+    who = "measured only, no vCPU starts from it" if vcpu is None else f"vCPU {vcpu}"
+    return f"VMSA at GPA {step.gpa:#x}, {who}"
+
+
+def _vmsas(plan: LaunchPlan) -> list[PageRange]:
+    return [step for step in plan.steps if step.type is PageType.VMSA]
 
 
 def _pages_by_type(plan: LaunchPlan) -> dict[str, int]:
@@ -92,7 +128,8 @@ def _pages_by_type(plan: LaunchPlan) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for step in plan.steps:
         counts[step.type.name] += step.npages
-    counts["VMSA"] += len(plan.vcpus)
+    if plan.vmsa_mode is VmsaMode.SYNC:
+        counts["VMSA"] += len(plan.vcpus)
     return dict(counts)
 
 

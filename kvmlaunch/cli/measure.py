@@ -7,6 +7,7 @@ import argparse
 from kvmlaunch.abi.digest import format_digest
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, Talk
+from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.launch.measure import page_records
 from kvmlaunch.launch.pagelog import open_log
 
@@ -29,10 +30,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _measure(args: argparse.Namespace, talk: Talk) -> int:
-    plan = plan_from(args)
+    plan = as_asked(plan_from(args), args, talk)
     talk.detail(str(plan))
     with open_log(args.log) as log:
-        log.header(plan, platform="prediction", profile="", vmsa_mode=args.vmsa_mode)
+        log.header(plan, platform="prediction", profile="", vmsa_mode=str(plan.vmsa_mode))
         digest, pages = bytes(48), 0
         for record in page_records(plan):
             log.record(record)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvmlaunch.abi.policy import DEFAULT_POLICY, GuestPolicy, parse_policy
 from kvmlaunch.abi.reset import VCPU_TYPES, vcpu_signature
+from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsas_from
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
 from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES
@@ -103,18 +104,13 @@ def add_launch_options(parser: argparse.ArgumentParser, *, log: bool = True) -> 
     group.add_argument(
         "--author-key-enabled", action="store_true", help="the author key in --id-auth counts"
     )
-    group.add_argument(
-        "--vmsa-mode",
-        choices=("sync",),
-        default="sync",
-        help="who makes the VMSAs; sync: KVM at LAUNCH_FINISH (the only one yet)",
-    )
     if log:
         group.add_argument(
             "--log",
             metavar="FILE",
             help="page log, JSON Lines (schema kvmlaunch.log/1); - is stdout",
         )
+    add_vmsa_options(parser)
 
 
 def plan_from(
@@ -136,6 +132,7 @@ def plan_from(
         image_type = "ovmf"
     _check_outputs(args)
     policy = getattr(args, "policy", None)
+    vmsas = vmsas_from(args)
     options = PlanOptions(
         image_type=image_type,
         vcpus=args.vcpus,
@@ -151,6 +148,10 @@ def plan_from(
         entry=args.entry,
         confidential=confidential,
         cbitpos=cbitpos if args.cbitpos is None else args.cbitpos,
+        # What mode sync makes of VMSAs is said before: see to_sync().
+        vmsa_mode=None if args.vmsa_mode == "sync" and vmsas else args.vmsa_mode,
+        vmsas=vmsas,
+        forced=args.force,
     )
     return load_image(args.ovmf or args.image, options)
 

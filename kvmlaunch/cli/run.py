@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvmlaunch.cli.inside import Inside, add_inside_options, describe_end
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
+from kvmlaunch.cli.vmsa_options import add_proposal_option, proposal_from
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.pagelog import open_log
@@ -50,8 +51,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--sim",
         metavar="[PROFILE][,KEY=VALUE...]",
-        help="what to simulate: kernel 6.12, 6.18, 7.0, or multi-vmpl for one that runs "
-        "all VMPLs (default 6.12, or multi-vmpl for an image that says it needs them), seed=N "
+        help="what to simulate: kernel 6.12, 6.18, 7.0, vmsa-page or direct-vmsa for the "
+        "proposals, or multi-vmpl for one that runs all VMPLs (default 6.12, or what the VMSA "
+        "mode and an image's note about VMPLs need), seed=N "
         "for the order in which vCPUs run (default 0), product=Milan, Genoa or Turin "
         "(default Milan)",
     )
@@ -67,6 +69,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="if the firmware refuses the CPUID page, take its correction and try once more",
     )
+    add_proposal_option(group)
+    group.add_argument(
+        "--allow-digest-change",
+        action="store_true",
+        help="an image's VMSAs may be left to KVM, though that gives another launch digest",
+    )
     group.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end with code 124")
     group.add_argument(
         "--report-out",
@@ -80,6 +88,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.launch.session import Session
+    from kvmlaunch.launch.vmsa_mode import settle_vmsa_mode
     from kvmlaunch.platforms import open_platform, profile_for
 
     confidential = args.vm_type == "snp"
@@ -100,8 +109,19 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     talk.say(choice.why)
     if plan.cbitpos is not None and args.cbitpos is None:
         plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
+    proposal = proposal_from(args)
+    settled = settle_vmsa_mode(
+        plan,
+        choice.platform,
+        args.vmsa_mode,
+        proposal=proposal,
+        allow_digest_change=args.allow_digest_change,
+    )
+    plan = settled.plan
+    for line in (*settled.changes, settled.why):
+        talk.say(line)
     with open_log(args.log) as log:
-        session = Session(plan, choice.platform, log=log, ioctls=args.ioctls)
+        session = Session(plan, choice.platform, log=log, ioctls=args.ioctls, proposal=proposal)
         session.on_record = lambda record: talk.detail(str(record))
         session.on_exit = lambda vcpu, exit_: talk.detail(f"vCPU {vcpu}: {exit_}")
         with session:

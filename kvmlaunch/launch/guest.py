@@ -30,7 +30,7 @@ from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.registers import read_registers
 from kvmlaunch.snp import CpuidRejected, Finished, New, Started
 from kvmlaunch.snp.vcpu_state import VcpuState, enable_direct_vmsa, get_vcpu_state, set_vcpu_state
-from kvmlaunch.uapi import Inspector, Platform, Proposal, address_of, ffi, lib
+from kvmlaunch.uapi import Inspector, Platform, Proposal, address_of, default_proposal, ffi, lib
 
 __all__ = ["Guest", "Witness", "WitnessReport"]
 
@@ -95,11 +95,11 @@ class Guest:
         FormatError where the plan's page tables have another C-bit than the host tells.
         A plan that isn't confidential makes a plain VM, whose pages are loaded at once.
         ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel. ``proposal``: numbers
-        for the VMSA modes ``page`` and ``direct``.
+        of the VMSA modes ``page`` and ``direct`` (else `default_proposal`).
         """
         self.plan = plan
         self.platform = platform
-        self._proposal = Proposal() if proposal is None else proposal
+        self._proposal = default_proposal() if proposal is None else proposal
         self.records: list[PageRecord] = []
         self.corrections: list[CpuidRejected] = []
         self.state: New | Started | Finished | None = None

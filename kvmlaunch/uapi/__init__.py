@@ -12,7 +12,12 @@ from kvmlaunch.uapi.inspection import Inspector, TraceEvent
 from kvmlaunch.uapi.ioctls import ARGUMENT, COMMAND_ARGUMENT, command_name, ioctl_name
 from kvmlaunch.uapi.memory import address_of, peek, poke
 from kvmlaunch.uapi.platform import MeasuredPage, Platform, Result, RunResult
-from kvmlaunch.uapi.proposal import PROPOSAL_VARIABLE, Proposal, parse_proposal
+from kvmlaunch.uapi.proposal import (
+    PROPOSAL_VARIABLE,
+    Proposal,
+    default_proposal,
+    parse_proposal,
+)
 from kvmlaunch.uapi.real import RealPlatform
 from kvmlaunch.uapi.recorder import Call, Recorder
 
@@ -32,6 +37,7 @@ __all__ = [
     "TraceEvent",
     "address_of",
     "command_name",
+    "default_proposal",
     "ffi",
     "ioctl_name",
     "lib",

@@ -6,14 +6,15 @@ Trees disagree on them, so they are configuration; the defaults are in csrc/uapi
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from kvmlaunch.errors import FormatError
 from kvmlaunch.uapi._ext import lib
 
-__all__ = ["PROPOSAL_VARIABLE", "Proposal", "parse_proposal"]
+__all__ = ["PROPOSAL_VARIABLE", "Proposal", "default_proposal", "parse_proposal"]
 
 PROPOSAL_VARIABLE = "KVMLAUNCH_PROPOSAL"
-"""Environment variable with numbers, as `parse_proposal` reads them."""
+"""Environment variable with numbers, as `parse_proposal` takes them."""
 
 _U32 = 1 << 32
 _PREFIXES = ("KVM_CAP_SNP_", "KVM_SEV_SNP_")
@@ -68,3 +69,11 @@ def parse_proposal(text: str, base: Proposal = Proposal()) -> Proposal:
         except ValueError:
             raise FormatError(f"{setting!r}: {value!r} is not a number") from None
     return dataclasses.replace(base, **found)
+
+
+def default_proposal() -> Proposal:
+    """The numbers that the environment names (`PROPOSAL_VARIABLE`). Raises FormatError."""
+    try:
+        return parse_proposal(os.environ.get(PROPOSAL_VARIABLE, ""))
+    except FormatError as error:
+        raise FormatError(f"{PROPOSAL_VARIABLE}: {error.rule}") from None

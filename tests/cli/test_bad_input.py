@@ -366,7 +366,7 @@ def test_bad_input_makes_no_log(cli: Cli, halt: Path, tmp_path: Path, command: s
         (("--vcpu-type", "i486"), "invalid choice: 'i486'"),
         (("--image-type", "pe"), "invalid choice: 'pe'"),
         (("--vmm-type", "ec2"), "invalid choice: 'ec2'"),
-        (("--vmsa-mode", "direct"), "invalid choice: 'direct'"),
+        (("--vmsa-mode", "none"), "invalid choice: 'none'"),
         (("--output-format", "octal"), "--output-format"),
         (("--no-such-option",), "unrecognized arguments: --no-such-option"),
     ],

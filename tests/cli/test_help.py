@@ -20,13 +20,15 @@ IMAGE_OPTIONS = [
     *("--vmm-type", "--guest-features"),
     *("--image-type", "--load-addr", "--entry", "--memory"),
 ]
-LAUNCH_OPTIONS = ["--policy", "--host-data", "--id-block", "--id-auth", "--vmsa-mode"]
+VMSA_OPTIONS = ["--vmsa-mode", "--vmsa", "--vmsa-gpa", "--set-vmsa", "--force"]
+LAUNCH_OPTIONS = ["--policy", "--host-data", "--id-block", "--id-auth", *VMSA_OPTIONS]
 OPTIONS = {
     "measure": [*IMAGE_OPTIONS, *LAUNCH_OPTIONS, "--output-format", "--log"],
     "inspect": [*IMAGE_OPTIONS, *LAUNCH_OPTIONS, "--json"],
     "run": [
         *(*IMAGE_OPTIONS, *LAUNCH_OPTIONS, "--log"),
         *("--vm-type", "--platform", "--sim", "--timeout", "--ioctls"),
+        *("--proposal-cap", "--allow-digest-change"),
     ],
 }
 EXIT_CODES = {"0", "1", "2", "4", "124", "130"}

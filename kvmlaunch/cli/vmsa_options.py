@@ -1,0 +1,163 @@
+"""Options about VMSAs, and how they become VmsaChoices."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.cli.talk import Talk
+from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode, to_sync
+from kvmlaunch.launch.sync_fallback import describe_fallback
+
+if TYPE_CHECKING:
+    from kvmlaunch.uapi import Proposal
+
+__all__ = ["add_proposal_option", "add_vmsa_options", "as_asked", "proposal_from", "vmsas_from"]
+
+_VMSA = re.compile(
+    r"(?P<file>.*?)(?::(?P<vcpu>\d+|none))?(?:@(?P<gpa>0x[0-9a-f]+|\d+))?",
+    re.IGNORECASE | re.DOTALL,
+)
+_EDIT = re.compile(r"(?:(?P<vcpu>\d+):)?(?P<field>[a-z0-9_.]+)=(?P<value>.+)", re.IGNORECASE)
+_Edits: TypeAlias = dict[int, list[tuple[str, int | bytes]]]
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+", re.IGNORECASE)
+
+
+def add_vmsa_options(parser: argparse.ArgumentParser) -> None:
+    """Who makes the VMSAs, and what they are."""
+    group = parser.add_argument_group("VMSA")
+    group.add_argument(
+        "--vmsa-mode",
+        choices=tuple(mode.value for mode in VmsaMode),
+        help="who makes the VMSAs; sync: KVM, one per vCPU, at LAUNCH_FINISH; page: one page of "
+        "ours for vCPU 0 (proposal v1); direct: pages of ours, bound per vCPU (proposal v2). "
+        "Default: sync, or for an image with a VMSA the best that the host has",
+    )
+    group.add_argument(
+        "--vmsa",
+        metavar="[FILE][:VCPU][@GPA]",
+        action="append",
+        default=[],
+        help="a VMSA page of 4096 bytes for this vCPU (default 0; none: measured only) at this "
+        "GPA (default: the lowest free page); without FILE built from the vCPU's state",
+    )
+    group.add_argument("--vmsa-gpa", metavar="GPA", type=_gpa, help="where vCPU 0's VMSA is")
+    group.add_argument(
+        "--set-vmsa",
+        metavar="[VCPU:]FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a field of a VMSA, as rip=0x100000, cs.base=0 or 1:rbx=7",
+    )
+    group.add_argument(
+        "--force",
+        action="store_true",
+        help="launch VMSAs that the kernel will refuse (vmpl, sev_features, GPA)",
+    )
+
+
+def vmsas_from(args: argparse.Namespace) -> tuple[VmsaChoice, ...]:
+    """The VMSAs that the options ask for, in their order. Raises FormatError."""
+    choices = [_choice(text) for text in args.vmsa]
+    edits: _Edits = {}
+    for text in args.set_vmsa:
+        vcpu, field, value = _edit(text)
+        edits.setdefault(vcpu, []).append((field, value))
+    wanted = ([0] if args.vmsa_gpa is not None else []) + sorted(edits)
+    for vcpu in wanted:
+        if not any(choice.vcpu == vcpu for choice in choices):
+            choices.append(VmsaChoice(vcpu=vcpu))
+    return tuple(_finished(choice, args.vmsa_gpa, edits) for choice in choices)
+
+
+def as_asked(plan: LaunchPlan, args: argparse.Namespace, talk: Talk) -> LaunchPlan:
+    """The plan in mode sync where that was asked for, with what it changes said."""
+    if args.vmsa_mode != "sync" or plan.vmsa_mode is VmsaMode.SYNC:
+        return plan
+    fallback = to_sync(plan)
+    for line in describe_fallback(plan, fallback)[0]:
+        talk.say(line)
+    return fallback.plan
+
+
+def add_proposal_option(group: argparse._ActionsContainer) -> None:
+    """Numbers of the proposals."""
+    group.add_argument(
+        "--proposal-cap",
+        metavar="NAME=NUMBER",
+        action="append",
+        default=[],
+        help="a number of the VMSA proposals in this kernel, as DIRECT_VMSA=251 (or in the "
+        "environment: KVMLAUNCH_PROPOSAL)",
+    )
+
+
+def proposal_from(args: argparse.Namespace) -> Proposal:
+    """The numbers of option and environment. Raises FormatError."""
+    from kvmlaunch.uapi import default_proposal, parse_proposal
+
+    return parse_proposal(",".join(args.proposal_cap), default_proposal())
+
+
+def _finished(choice: VmsaChoice, gpa: int | None, edits: _Edits) -> VmsaChoice:
+    if choice.vcpu is None:
+        return choice
+    edited = replace(choice, edits=tuple(edits.get(choice.vcpu, ())))
+    if choice.vcpu or gpa is None:
+        return edited
+    if choice.gpa is not None:
+        raise FormatError("vCPU 0's VMSA has two GPAs: --vmsa-gpa and --vmsa")
+    return replace(edited, gpa=gpa)
+
+
+def _choice(text: str) -> VmsaChoice:
+    match = _VMSA.fullmatch(text)
+    assert match is not None  # a FILE may be anything
+    path, vcpu, gpa = match["file"], match["vcpu"] or "0", match["gpa"]
+    choice = VmsaChoice(
+        vcpu=None if vcpu.lower() == "none" else int(vcpu),
+        gpa=None if gpa is None else _number(gpa),
+    )
+    return replace(choice, page=_page(path), origin=Path(path).name) if path else choice
+
+
+def _page(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            page = file.read(PAGE_SIZE + 1)
+            size = len(page) if len(page) <= PAGE_SIZE else max(Path(path).stat().st_size, 4097)
+    except OSError as error:
+        raise ImageError(path, f"can't be read: {error.strerror}") from None
+    if size != PAGE_SIZE:
+        raise ImageError(path, f"a VMSA page is 4096 bytes, this file has {size}")
+    return page
+
+
+def _edit(text: str) -> tuple[int, str, int | bytes]:
+    match = _EDIT.fullmatch(text)
+    if match is None:
+        raise FormatError(f"--set-vmsa {text}: not [VCPU:]FIELD=VALUE")
+    field, value = match["field"].lower(), match["value"]
+    if field.startswith("fpreg_"):
+        try:
+            return int(match["vcpu"] or 0), field, bytes.fromhex(value.removeprefix("0x"))
+        except ValueError:
+            raise FormatError(f"--set-vmsa {text}: {value!r} is not hex") from None
+    if not _NUMBER.fullmatch(value):
+        raise FormatError(f"--set-vmsa {text}: {value!r} is not a number")
+    return int(match["vcpu"] or 0), field, _number(value)
+
+
+def _number(text: str) -> int:
+    return int(text, 16 if text[:2].lower() == "0x" else 10)
+
+
+def _gpa(text: str) -> int:
+    if not _NUMBER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return _number(text)

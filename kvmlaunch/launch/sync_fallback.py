@@ -1,0 +1,21 @@
+"""What a launch loses when KVM makes the VMSAs that its image brings. Needs no host."""
+
+from __future__ import annotations
+
+from kvmlaunch.images import LaunchPlan, SyncFallback
+from kvmlaunch.launch.measure import measure
+
+__all__ = ["describe_fallback"]
+
+
+def describe_fallback(plan: LaunchPlan, fallback: SyncFallback) -> tuple[tuple[str, ...], bool]:
+    """What leaving the VMSAs to KVM changes, a sentence each; and whether the digest does."""
+    lines = [f"vCPU {vcpu}: KVM can't carry {field}" for vcpu, field in fallback.lost]
+    lines += [
+        f"not launched: the VMSA at GPA {step.gpa:#x} ({step.origin}), which no vCPU starts from"
+        for step in fallback.dropped
+    ]
+    before, after = measure(plan).digest, measure(fallback.plan).digest
+    if before != after:
+        lines.append(f"the launch digest changes from {before.hex()} to {after.hex()}")
+    return tuple(lines), before != after

@@ -80,6 +80,8 @@ def system_capability(host: Host, cap: int) -> int:
         return host.profile.guest_memfd_flags
     if cap == lib.KVM_CAP_DISABLE_QUIRKS2:
         return host.profile.quirks
+    if cap in host.profile.vmsa.capabilities:
+        return 1
     return int(_PLAIN.get(cap, 0))
 
 

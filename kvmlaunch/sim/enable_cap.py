@@ -23,6 +23,10 @@ def enable_cap(vm: Vm, cap: Any) -> int:
     """Enable ``struct kvm_enable_cap``; an unknown one is EINVAL, as are flags."""
     if cap.flags:
         refuse(errno.EINVAL)
+    rules = vm.host.profile.vmsa
+    if rules.direct and cap.cap == rules.proposal.direct_vmsa:
+        _direct_vmsa(vm, cap.args)
+        return 0
     handler = {
         lib.KVM_CAP_SPLIT_IRQCHIP: _split_irqchip,
         lib.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
@@ -35,6 +39,17 @@ def enable_cap(vm: Vm, cap: Any) -> int:
         refuse(errno.EINVAL)
     handler(vm, cap.args[0])
     return 0
+
+
+def _direct_vmsa(vm: Vm, args: Any) -> None:
+    """The whole VM's VMSAs come from user space: KVM makes none."""
+    sev, rules = vm.sev, vm.host.profile.vmsa
+    snp = sev.is_snp if rules.enable_needs_init else vm.is_snp_type
+    if not snp or any(args) or vm.vcpus:
+        refuse(errno.EINVAL)
+    if sev.direct_vmsa and rules.enable_twice_errno:
+        refuse(rules.enable_twice_errno)
+    sev.direct_vmsa = True
 
 
 def _split_irqchip(vm: Vm, routes: int) -> None:

@@ -12,8 +12,8 @@ One fault is one text::
                                 0x16 and corrects that register (to VALUE, else bit 0 flips)
 
 ``NAME`` of ``errno`` is an ioctl (``KVM_CREATE_VCPU``), a command of KVM_MEMORY_ENCRYPT_OP with or
-without KVM_SEV_ (``SNP_LAUNCH_START``, ``INIT2``), or a command of /dev/sev
-(``SNP_PLATFORM_STATUS``). ``NAME`` of ``fw`` is a firmware command: SNP_GCTX_CREATE,
+without KVM_SEV_ (``SNP_LAUNCH_START``, ``INIT2``; of a vCPU: ``SNP_SET_VCPU_STATE``), or a command
+of /dev/sev (``SNP_PLATFORM_STATUS``). ``NAME`` of ``fw`` is a firmware command: SNP_GCTX_CREATE,
 SNP_LAUNCH_START, SNP_ACTIVATE, SNP_LAUNCH_UPDATE, SNP_LAUNCH_FINISH, SNP_GUEST_REQUEST,
 SNP_DECOMMISSION, SNP_PAGE_RECLAIM, SNP_PLATFORM_STATUS, SNP_COMMIT, SNP_CONFIG, SNP_VLEK_LOAD.
 

@@ -95,14 +95,18 @@ class VmMemory:
             done += count
 
     def private_page(self, gpa: int) -> int | None:
-        """kvm_gmem_get_pfn(): SPA of the page behind ``gpa``, assigned; None if there is none."""
-        slot = self._vm.slots.find(gpa // PAGE_SIZE)
-        if slot is None or slot.gmem is None:
-            return None
+        """SPA of the page behind ``gpa``, assigned; None if there is none."""
         try:
-            return self._prepared(slot, slot.gmem, gpa // PAGE_SIZE)
+            return self.guest_page(gpa)
         except OSError:
             return None
+
+    def guest_page(self, gpa: int) -> int:
+        """kvm_gmem_get_pfn(): SPA of the page behind ``gpa``, assigned. Raises OSError."""
+        slot = self._vm.slots.find(gpa // PAGE_SIZE)
+        if slot is None or slot.gmem is None:
+            refuse(errno.EINVAL if slot is None else errno.EFAULT)
+        return self._prepared(slot, slot.gmem, gpa // PAGE_SIZE)
 
     def _address(self, gfn: int, private: bool) -> int | Missing:
         """kvm_faultin_pfn(), check by check."""

@@ -11,6 +11,7 @@ from kvmlaunch.sim.vmsa_sync import sync_vmsa
 from kvmlaunch.uapi import ffi, lib
 
 if TYPE_CHECKING:
+    from kvmlaunch.sim.sev_es import SevEsState
     from kvmlaunch.sim.vcpu import Vcpu
     from kvmlaunch.sim.vm import Vm
 
@@ -35,7 +36,7 @@ def launch_finish(vm: Vm, command: Any) -> None:
     finish = copy_in(host.user, "kvm_sev_snp_launch_finish", command.data)
     if finish.flags:
         refuse(errno.EINVAL)
-    _encrypt_vmsas(vm, command)
+    _settle_vmsas(vm, command)
     id_block, id_auth = None, None
     if finish.id_block_en:
         id_block = _blob(host.user, finish.id_block_uaddr, lib.KVM_SEV_SNP_ID_BLOCK_SIZE)
@@ -54,6 +55,34 @@ def launch_finish(vm: Vm, command: Any) -> None:
         ),
     )
     vm.pre_fault_allowed = True
+
+
+def _settle_vmsas(vm: Vm, command: Any) -> None:
+    """Every vCPU's VMSA: user space's, which is in the digest already, or else KVM's own."""
+    sev, rules = vm.sev, vm.host.profile.vmsa
+    if sev.launch_vmsa_gpa is not None:
+        for first in vm.vcpus[:1]:
+            _state(first).bind(sev.launch_vmsa_gpa)
+    if sev.direct_vmsa or sev.launch_vmsa_gpa is not None:
+        for vcpu in vm.vcpus:
+            _leave_vmsa(vcpu)
+        return
+    if rules.finish_without_page_errno:
+        refuse(rules.finish_without_page_errno)
+    _encrypt_vmsas(vm, command)
+
+
+def _leave_vmsa(vcpu: Vcpu) -> None:
+    """The vCPU has the VMSA that it was bound to, or none."""
+    state = _state(vcpu)
+    state.has_guest_vmsa = True
+    bound = state.guest_vmsa_gpa is not None
+    vcpu.protected = bound or vcpu.vm.host.profile.vmsa.finish_protects_all
+
+
+def _state(vcpu: Vcpu) -> SevEsState:
+    assert vcpu.sev_es is not None
+    return vcpu.sev_es
 
 
 def _encrypt_vmsas(vm: Vm, command: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.sim.guest_memfd import GuestMemfd
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.slots import Slot
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from kvmlaunch.sim.vm import Vm
 
 __all__ = ["launch_update"]
+
+# Fields of a VMSA (APM 2): what KVM looks at in a page of user space.
+_VMPL = 0xCA
+_SEV_FEATURES = slice(0x3B0, 0x3B8)
 
 _TYPES = frozenset(
     {
@@ -34,10 +38,13 @@ def launch_update(vm: Vm, command: Any) -> None:
     if not sev.is_snp or sev.context is None:
         refuse(errno.EINVAL)
     update = copy_in(user, "kvm_sev_snp_launch_update", command.data)
-    if update.len % PAGE_SIZE or update.flags or update.type not in _TYPES:
+    is_vmsa = profile.vmsa.is_vmsa(update.type)
+    if update.len % PAGE_SIZE or update.flags or not (is_vmsa or update.type in _TYPES):
         refuse(errno.EINVAL)
     if not update.len and not profile.update_zero_length:
         refuse(errno.EINVAL)
+    if is_vmsa:
+        _check_vmsa_update(vm, update)
     has_source = update.type != lib.KVM_SEV_SNP_PAGE_TYPE_ZERO
     if has_source and profile.update_aligned_source and update.uaddr % PAGE_SIZE:
         refuse(errno.EINVAL)
@@ -45,11 +52,24 @@ def launch_update(vm: Vm, command: Any) -> None:
     if slot is None or not slot.can_be_private:
         refuse(errno.EINVAL)
     done = _Populate(vm, slot, update, command).run()
+    if is_vmsa and profile.vmsa.generation == "page":
+        sev.launch_vmsa_gpa = update.gfn_start * PAGE_SIZE
     update.gfn_start += done
     update.len -= done * PAGE_SIZE
     if has_source:
         update.uaddr = update.uaddr + done * PAGE_SIZE & (1 << 64) - 1
     copy_out(user, command.data, update)
+
+
+def _check_vmsa_update(vm: Vm, update: Any) -> None:
+    """VMSA pages: what the call itself must be like."""
+    sev, rules = vm.sev, vm.host.profile.vmsa
+    if rules.one_page_per_update and update.len != PAGE_SIZE:
+        refuse(errno.EINVAL)
+    if rules.direct and rules.page_needs_capability and not sev.direct_vmsa:
+        refuse(errno.EINVAL)
+    if sev.launch_vmsa_gpa is not None and rules.second_page_errno:
+        refuse(rules.second_page_errno)
 
 
 class _PageFailed(Exception):
@@ -58,6 +78,10 @@ class _PageFailed(Exception):
     def __init__(self, status: int = 0) -> None:
         super().__init__(status)
         self.status = status
+
+
+class _BadVmsa(_PageFailed):
+    """KVM itself doesn't take this VMSA; firmware's word isn't written."""
 
 
 class _Populate:
@@ -69,7 +93,8 @@ class _Populate:
         self._command = command
         self._first: int = update.gfn_start
         self._npages: int = min(update.len // PAGE_SIZE, slot.end_gfn - update.gfn_start)
-        self._type = update.type
+        self._is_vmsa = vm.host.profile.vmsa.is_vmsa(update.type)
+        self._type = int(PageType.VMSA if self._is_vmsa else update.type)
         self._source = update.uaddr if update.type != lib.KVM_SEV_SNP_PAGE_TYPE_ZERO else None
 
     def run(self) -> int:
@@ -84,6 +109,8 @@ class _Populate:
                 if done:
                     # The cause is lost: the caller sees it when it goes on from here.
                     return done
+                if isinstance(failure, _BadVmsa):
+                    refuse(self._vm.host.profile.vmsa.bad_page_errno)
                 self._command.error = failure.status
                 refuse(errno.EIO)
         return self._npages
@@ -101,6 +128,8 @@ class _Populate:
         if not self._vm.attributes.is_private(gfn) or host.rmp.lookup(spa).assigned:
             raise _PageFailed
         self._copy_source(spa, number)
+        if self._is_vmsa:
+            self._check_vmsa(host.memory.page(spa))
         if host.rmp.make_private(spa, gfn * PAGE_SIZE, self._vm.sev.asid, immutable=True):
             raise _PageFailed
         status = self._encrypt(spa)
@@ -119,6 +148,12 @@ class _Populate:
             self._vm.host.memory.page(spa)[:] = self._vm.host.user.read(address, PAGE_SIZE)
         except OSError:
             raise _PageFailed from None
+
+    def _check_vmsa(self, page: memoryview) -> None:
+        """The rest of it is the guest's business."""
+        features = int.from_bytes(page[_SEV_FEATURES], "little")
+        if page[_VMPL] or features != self._vm.sev.features:
+            raise _BadVmsa
 
     def _encrypt(self, spa: int) -> int | None:
         """Give the page to firmware: None if taken, else its status (0: it wasn't asked)."""

@@ -16,7 +16,7 @@ from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.host import Host, MachineMaker
 from kvmlaunch.sim.inspector import Inspector, inspector_of
-from kvmlaunch.sim.profiles import kernel_profile
+from kvmlaunch.sim.profiles import KernelProfile, kernel_profile
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.spec import DEFAULT_PRODUCT
 from kvmlaunch.sim.system import KvmDevice
@@ -33,7 +33,7 @@ __all__ = ["SimPlatform"]
 class SimPlatform:
     """A host with SNP in this process: /dev/kvm and /dev/sev, nothing of it real.
 
-    ``profile`` names the kernel (6.12, 6.18, 7.0), ``product`` the CPU (Milan, Genoa,
+    ``profile`` is the kernel or its name (6.12, 6.18, 7.0 ...), ``product`` the CPU (Milan, Genoa,
     Turin), ``faults`` what must go wrong (see :mod:`kvmlaunch.sim.faults`); ``random``
     is the firmware's source of keys. ``seed`` chooses how several vCPUs take turns: the
     same seed, the same guest, the same run. ``machine`` makes the CPUs.
@@ -45,7 +45,7 @@ class SimPlatform:
 
     def __init__(
         self,
-        profile: str = "6.12",
+        profile: str | KernelProfile = "6.12",
         *,
         faults: Faults | Sequence[str] = (),
         product: str = DEFAULT_PRODUCT,
@@ -56,7 +56,13 @@ class SimPlatform:
     ) -> None:
         orders = faults if isinstance(faults, Faults) else Faults.parse(faults)
         self._host = Host(
-            kernel_profile(profile), orders, product, random, user, seed=seed, machine=machine
+            kernel_profile(profile) if isinstance(profile, str) else profile,
+            orders,
+            product,
+            random,
+            user,
+            seed=seed,
+            machine=machine,
         )
         self._lock = self._host.lock
         self._real = RealPlatform()

@@ -5,11 +5,13 @@ Only what the simulated host acts on.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from kvmlaunch.errors import FormatError
+from kvmlaunch.sim.vmsa_rules import DIRECT_VMSA, VMSA_PAGE, VmsaRules
 from kvmlaunch.uapi import lib
 
 __all__ = ["KERNEL_PROFILES", "KernelProfile", "kernel_profile"]
@@ -66,6 +68,7 @@ class KernelProfile:
             injection modes.
         vmpls: how many VMPLs a vCPU can run at; mainline has VMPL0 only.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
+        vmsa: what it does with VMSA pages from user space, which mainline doesn't take.
     """
 
     name: str
@@ -91,6 +94,7 @@ class KernelProfile:
     ap_create_exact_features: bool
     vmpls: int
     quirks: int
+    vmsa: VmsaRules
 
     def __str__(self) -> str:
         return self.name
@@ -120,6 +124,7 @@ _6_12 = KernelProfile(
     ap_create_exact_features=False,
     vmpls=1,
     quirks=_QUIRKS_6_12,
+    vmsa=VmsaRules(vcpu_op_errno=errno.EINVAL),
 )
 
 _6_18 = replace(
@@ -140,6 +145,7 @@ _6_18 = replace(
     ap_create_exact_features=True,
     sregs_check_efer=False,
     quirks=_QUIRKS_6_18,
+    vmsa=VmsaRules(),
 )
 
 _7_0 = replace(
@@ -155,8 +161,24 @@ _7_0 = replace(
 
 _MULTI_VMPL = replace(_7_0, name="multi-vmpl", release="7.0, and VMPLs as 56421 has them", vmpls=4)
 
+_VMSA_PAGE = replace(
+    _7_0,
+    name="vmsa-page",
+    release="7.0, and VMSA pages by proposal v1",
+    vmsa=VMSA_PAGE,
+)
+
+_DIRECT_VMSA = replace(
+    _7_0,
+    name="direct-vmsa",
+    release="7.0, and VMSA pages by proposal v2",
+    vmsa=DIRECT_VMSA,
+)
+
+_PROFILES = (_6_12, _6_18, _7_0, _MULTI_VMPL, _VMSA_PAGE, _DIRECT_VMSA)
+
 KERNEL_PROFILES: Mapping[str, KernelProfile] = MappingProxyType(
-    {profile.name: profile for profile in (_6_12, _6_18, _7_0, _MULTI_VMPL)}
+    {profile.name: profile for profile in _PROFILES}
 )
 """Every kernel profile by name."""
 

@@ -43,6 +43,10 @@ class SevVm:
         self.context: int | None = None
         self.fd = -1
         self.req_certs = False
+        self.direct_vmsa = False
+        """KVM_CAP_SNP_DIRECT_VMSA is enabled."""
+        self.launch_vmsa_gpa: int | None = None
+        """Of proposal v1: the VMSA page for the first vCPU."""
         self.ap_jump_table = 0
         self.requests: GuestRequests | None = None
         self.regions: list[tuple[int, int]] = []

@@ -44,8 +44,9 @@ class SevEsState:
 
     Attributes: ``ghcb`` and ``scratch`` between a VMGEXIT and the next entry;
     ``registered_gpa`` of the GHCB; ``hold``; ``guest_vmsa_gpa``, the guest's own VMSA page once
-    AP creation gave one; ``pending_vmsa_gpa`` for the next INIT where ``waiting_for_reset``, None
-    for no VMSA; ``vmpl`` that runs, where the host has several.
+    the launch or AP creation gave one; ``has_guest_vmsa``, since when KVM's own isn't used;
+    ``pending_vmsa_gpa`` for the next INIT where ``waiting_for_reset``, None for no VMSA; ``vmpl``
+    that runs, where the host has several.
     """
 
     def __init__(self, vcpu: Vcpu) -> None:
@@ -60,6 +61,7 @@ class SevEsState:
         self.has_guest_vmsa = False
         self.guest_vmsa_gpa: int | None = None
         self._loaded_spa: int | None = None
+        self._first_msr: int | None = None
         self.vmpl = 0
         self._vmpls: dict[int, _Vmpl] = {}
 
@@ -70,9 +72,21 @@ class SevEsState:
         versions = vm.sev.ghcb_version << 48 | GHCB_VERSION_MIN << 32
         return versions | vm.host.cpu.c_bit << 24 | _SEV_INFO_ANSWER
 
+    @property
+    def msr(self) -> int:
+        """The GHCB MSR."""
+        cpu = self._vcpu.running.cpu
+        if cpu is not None:
+            return cpu.ghcb
+        return self.reset_msr if self._first_msr is None else self._first_msr
+
     def set_msr(self, value: int) -> None:
-        """Give the guest its answer."""
-        self._vcpu.running.live_cpu.ghcb = value
+        """Give the guest its answer; before the first entry, what it finds there."""
+        cpu = self._vcpu.running.cpu
+        if cpu is None:
+            self._first_msr = value
+        else:
+            cpu.ghcb = value
 
     def unmap_ghcb(self) -> None:
         """sev_es_unmap_ghcb(): before each entry, also from an exit without a GHCB page."""
@@ -105,9 +119,22 @@ class SevEsState:
         vcpu.mp_state = lib.KVM_MP_STATE_HALTED
         gpa, self.pending_vmsa_gpa = self.pending_vmsa_gpa, None
         self._reload_vmsa(gpa)
+        if self.guest_vmsa_gpa is not None and vcpu.vm.host.profile.vmsa.ap_create_protects:
+            vcpu.protected = True
         if gpa is not None:
             # Also where it can't be had, so that KVM_RUN fails instead of waiting.
             vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
+
+    def bind(self, gpa: int | None) -> None:
+        """sev_snp_install_guest_vmsa(): start from the page at ``gpa``, None for no VMSA at all.
+
+        Raises OSError where there is no such page; then nothing has changed.
+        """
+        if gpa is not None:
+            self._vcpu.vm.memory.guest_page(gpa)
+        self._write_back()
+        self._vcpu.running.unload()
+        self.has_guest_vmsa, self.guest_vmsa_gpa = True, gpa
 
     def set_vmpl(self, vmpl: int, gpa: int | None) -> None:
         """AP creation at another VMPL: its VMSA, which waits until it is asked for; or none."""
@@ -135,7 +162,9 @@ class SevEsState:
         vcpu = self._vcpu
         host = vcpu.vm.host
         if self.has_guest_vmsa:
-            if self.guest_vmsa_gpa is None:
+            # A guess: hardware might take a bound page before SNP_LAUNCH_FINISH.
+            launched = vcpu.protected or vcpu.vm.pre_fault_allowed
+            if self.guest_vmsa_gpa is None or not launched:
                 return None
             spa = vcpu.vm.memory.private_page(self.guest_vmsa_gpa)
         else:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvmlaunch.sim import caps, vcpu_ioctls
+from kvmlaunch.sim import caps, vcpu_commands, vcpu_ioctls
 from kvmlaunch.sim.cpuid_table import find_leaf
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.lapic import LocalApic
@@ -50,7 +50,9 @@ class Vcpu:
         self.guest_debug = 0
         self.has_run = False
         self.protected = False
-        self.vmsa_spa = host.memory.alloc() if vm.is_snp_type else 0
+        own_vmsa = vm.is_snp_type and not vm.sev.direct_vmsa
+        self.vmsa_spa = host.memory.alloc() if own_vmsa else 0
+        """Of KVM's own VMSA page, 0 for none."""
         runnable = bsp or not vm.irq.in_kernel
         self.mp_state = lib.KVM_MP_STATE_RUNNABLE if runnable else lib.KVM_MP_STATE_UNINITIALIZED
         self.sipi_pending = False
@@ -166,10 +168,13 @@ class VcpuFile(File):
         self.vcpu = vcpu
         vcpu.vm.get()
         self._handlers: dict[int, Callable[[Vcpu, int], int]] = dict(vcpu_ioctls.HANDLERS)
+        self._handlers[lib.KVM_MEMORY_ENCRYPT_OP] = vcpu_commands.encrypt_op
 
     def ioctl_names(self, request: int, arg: int) -> tuple[str, ...]:
-        """The kernel's name of a vCPU ioctl."""
-        return (ioctl_name(request),)
+        """The kernel's name of a vCPU ioctl, and of the command behind KVM_MEMORY_ENCRYPT_OP."""
+        if request != lib.KVM_MEMORY_ENCRYPT_OP:
+            return (ioctl_name(request),)
+        return (ioctl_name(request), vcpu_commands.command_name(self.vcpu, arg))
 
     def locks(self, request: int, arg: int) -> Sequence[threading.RLock]:
         """A vCPU serves one call at a time, KVM_RUN included."""

@@ -216,9 +216,10 @@ class VcpuRun:
         if vmsa is None:
             return False
         if self.cpu is None:
-            self.cpu = vcpu.vm.machine().new_cpu()
+            cpu = vcpu.vm.machine().new_cpu()
             if vcpu.sev_es is not None:
-                self.cpu.ghcb = vcpu.sev_es.reset_msr
+                cpu.ghcb = vcpu.sev_es.msr
+            self.cpu = cpu
             if vcpu.vm.inspector is not None:
                 vcpu.vm.inspector.new_cpu(vcpu)
         # The GHCB MSR is the VMCB's: a new VMSA leaves it as it is.

@@ -21,12 +21,15 @@ def test_spec_when_well_written_is_taken(text, spec):
     assert parse_spec(text) == spec
 
 
+KERNELS = "6.12, 6.18, 7.0, multi-vmpl, vmsa-page, direct-vmsa"
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("5.15", "no kernel profile is named '5.15'; known are 6.12, 6.18, 7.0, multi-vmpl"),
-        ("", "no kernel profile is named ''; known are 6.12, 6.18, 7.0, multi-vmpl"),
-        ("seed=1", "no kernel profile is named 'seed=1'; known are 6.12, 6.18, 7.0, multi-vmpl"),
+        ("5.15", f"no kernel profile is named '5.15'; known are {KERNELS}"),
+        ("", f"no kernel profile is named ''; known are {KERNELS}"),
+        ("seed=1", f"no kernel profile is named 'seed=1'; known are {KERNELS}"),
         (
             "6.12,speed=9",
             "'speed=9' is nothing that a simulated host has; known are product=..., seed=...",

@@ -7,14 +7,17 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
 
-from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.abi.digest import LaunchDigest
+from kvmlaunch.abi.fwstatus import FwStatus
+from kvmlaunch.abi.idblock import ID_AUTH_SIZE, IdBlock
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError, MissingCapability
+from kvmlaunch.errors import FormatError, IoctlError, MissingCapability
 from kvmlaunch.images import LaunchPlan, VmsaMode, to_sync
-from kvmlaunch.kvm import HostMemory, Kvm, SevDevice, Vcpu, Vm
+from kvmlaunch.kvm import HostMemory, Kvm, SevDevice, Vm
 from kvmlaunch.launch.sync_fallback import describe_fallback
-from kvmlaunch.snp import New
+from kvmlaunch.snp import New, Started
 from kvmlaunch.snp.vcpu_state import enable_direct_vmsa, get_vcpu_state
 from kvmlaunch.uapi import Platform, Proposal, default_proposal, lib
 
@@ -112,29 +115,51 @@ def _try_direct(kvm: Kvm, sev: SevDevice, numbers: Proposal) -> str | None:
             return f"KVM_CAP_SNP_DIRECT_VMSA ({numbers.direct_vmsa}) can't be enabled"
         with vm.create_vcpu(0) as vcpu:
             launch.start(DEFAULT_POLICY)
-            if not _has_state(vcpu, numbers):
+            try:
+                get_vcpu_state(vcpu, numbers)
+            except IoctlError:
                 return f"KVM_SEV_SNP_GET_VCPU_STATE ({numbers.get_vcpu_state}) doesn't work"
     return None
 
 
 def _try_page(kvm: Kvm, sev: SevDevice, numbers: Proposal, refused: str) -> Offer:
+    page = Vmsa(sev_features=_SNP_ACTIVE).encode()
     with ExitStack() as stack:
         vm = stack.enter_context(kvm.create_vm(lib.KVM_X86_SNP_VM))
         launch = New.init(vm, sev)
         memory = _one_page(stack, kvm.platform, vm)
-        vcpu = stack.enter_context(vm.create_vcpu(0))
+        stack.enter_context(vm.create_vcpu(0))
         started = launch.start(DEFAULT_POLICY)
-        memory.view[:] = Vmsa(sev_features=_SNP_ACTIVE).encode()
+        memory.view[:] = page
         result, done = started.update_raw(
             PAGE_SIZE, numbers.page_type_vmsa, memory.address, PAGE_SIZE
         )
         if not done:
             code = errno.errorcode.get(result.errno, str(result.errno))
             return Offer(VmsaMode.SYNC, f"{refused}, and KVM_SEV_SNP_PAGE_TYPE_VMSA gives {code}")
-        if _has_state(vcpu, numbers):
-            # A kernel of proposal v2: without its capability KVM makes the VMSAs as well.
-            return Offer(VmsaMode.SYNC, f"{refused}: another number may do (--proposal-cap)")
-    return Offer(VmsaMode.PAGE, "KVM_SEV_SNP_PAGE_TYPE_VMSA is taken, vCPUs have no state commands")
+        if not _measured_only(started, page):
+            return Offer(
+                VmsaMode.SYNC,
+                f"{refused}, and KVM measures VMSAs of its own beside KVM_SEV_SNP_PAGE_TYPE_VMSA: "
+                "other numbers may do (--proposal-cap)",
+            )
+    return Offer(VmsaMode.PAGE, "KVM_SEV_SNP_PAGE_TYPE_VMSA is taken for vCPU 0")
+
+
+def _measured_only(launch: Started, page: bytes) -> bool:
+    """Whether firmware measured this VMSA and nothing else.
+
+    An ID block without a signature is refused in any case, but first if the digest differs
+    (snp-firmware-abi 6.4; not confirmed on hardware).
+    """
+    digest = LaunchDigest()
+    digest.update(PageType.VMSA, PAGE_SIZE, page)
+    block = IdBlock(ld=digest.value, policy=DEFAULT_POLICY).encode()
+    try:
+        launch.finish(id_block=block, id_auth=bytes(ID_AUTH_SIZE))
+    except IoctlError as error:
+        return error.fw_error not in (None, FwStatus.SUCCESS, FwStatus.BAD_MEASUREMENT)
+    return False
 
 
 def _one_page(stack: ExitStack, platform: Platform, vm: Vm) -> HostMemory:
@@ -144,11 +169,3 @@ def _one_page(stack: ExitStack, platform: Platform, vm: Vm) -> HostMemory:
     vm.set_user_memory_region2(0, PAGE_SIZE, PAGE_SIZE, memory.address, memfd=memfd)
     vm.set_memory_attributes(PAGE_SIZE, PAGE_SIZE, private=True)
     return memory
-
-
-def _has_state(vcpu: Vcpu, numbers: Proposal) -> bool:
-    try:
-        get_vcpu_state(vcpu, numbers)
-    except KvmLaunchError:
-        return False
-    return True

@@ -40,10 +40,10 @@ def launched(
     vcpus: int = 1,
     memory: int = MEMORY,
     ghcb_version: int = 0,
-    cbitpos: int | None = None,
+    **options: Any,
 ) -> Guest:
-    options = PlanOptions(memory=memory, confidential=confidential, vcpus=vcpus, cbitpos=cbitpos)
-    guest = Guest(load_image(image, options), platform, ghcb_version=ghcb_version)
+    plan_options = PlanOptions(memory=memory, confidential=confidential, vcpus=vcpus, **options)
+    guest = Guest(load_image(image, plan_options), platform, ghcb_version=ghcb_version)
     if confidential:
         guest.launch()
     return guest

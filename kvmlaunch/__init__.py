@@ -21,16 +21,24 @@ from kvmlaunch.version import __version__
 
 if TYPE_CHECKING:
     from kvmlaunch.errors import KvmLaunchError
-    from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
+    from kvmlaunch.images import (
+        LaunchPlan,
+        PlanOptions,
+        VmsaChoice,
+        VmsaMode,
+        load_image,
+        to_sync,
+    )
     from kvmlaunch.launch.gdb import serve_gdb
     from kvmlaunch.launch.guest import Guest
     from kvmlaunch.launch.measure import Measurement, measure, page_records
     from kvmlaunch.launch.records import PageRecord
     from kvmlaunch.launch.run import Outcome, run_guest
     from kvmlaunch.launch.trace import Trace
+    from kvmlaunch.launch.vmsa_mode import probe_vmsa_mode, settle_vmsa_mode
     from kvmlaunch.platforms import host_cbitpos, open_platform
     from kvmlaunch.sim import SimPlatform
-    from kvmlaunch.uapi import RealPlatform, Recorder
+    from kvmlaunch.uapi import Proposal, RealPlatform, Recorder
 
 __all__ = [
     "Guest",
@@ -40,18 +48,24 @@ __all__ = [
     "Outcome",
     "PageRecord",
     "PlanOptions",
+    "Proposal",
     "RealPlatform",
     "Recorder",
     "SimPlatform",
     "Trace",
+    "VmsaChoice",
+    "VmsaMode",
     "__version__",
     "host_cbitpos",
     "load_image",
     "measure",
     "open_platform",
     "page_records",
+    "probe_vmsa_mode",
     "run_guest",
     "serve_gdb",
+    "settle_vmsa_mode",
+    "to_sync",
 ]
 
 _HOME = {
@@ -62,17 +76,23 @@ _HOME = {
     "Outcome": "launch.run",
     "PageRecord": "launch.records",
     "PlanOptions": "images",
+    "Proposal": "uapi",
     "RealPlatform": "uapi",
     "Recorder": "uapi",
     "SimPlatform": "sim",
     "Trace": "launch.trace",
+    "VmsaChoice": "images",
+    "VmsaMode": "images",
     "host_cbitpos": "platforms",
     "load_image": "images",
     "measure": "launch.measure",
     "open_platform": "platforms",
     "page_records": "launch.measure",
+    "probe_vmsa_mode": "launch.vmsa_mode",
     "run_guest": "launch.run",
     "serve_gdb": "launch.gdb",
+    "settle_vmsa_mode": "launch.vmsa_mode",
+    "to_sync": "images",
 }
 
 

@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
         allow_digest_change=args.allow_digest_change,
     )
     plan = settled.plan
-    for line in (*settled.changes, settled.why):
+    for line in filter(None, (*settled.changes, settled.why)):
         talk.say(line)
     with open_log(args.log) as log:
         session = Session(plan, choice.platform, log=log, ioctls=args.ioctls, proposal=proposal)

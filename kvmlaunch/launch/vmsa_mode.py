@@ -34,7 +34,10 @@ class Offer(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """The plan in the mode that it will be launched in, why, and what that mode changes."""
+    """The plan in the mode that it will be launched in, and what that mode changes.
+
+    ``why`` is a sentence, "" for a plain VM, which has no VMSAs.
+    """
 
     plan: LaunchPlan
     why: str
@@ -70,7 +73,7 @@ def settle_vmsa_mode(
     left to KVM and that changes the digest, unless it is allowed; IoctlError of the probe.
     """
     if not plan.confidential:
-        return Settled(plan, "a plain VM has no VMSAs")
+        return Settled(plan, "")
     if plan.vmsa_mode is VmsaMode.SYNC:
         why = "as asked" if asked else f"{plan.image} has no VMSA of its own, KVM makes them"
         return Settled(plan, f"VMSA mode sync: {why}")

@@ -34,6 +34,7 @@ def test_run_sim_hello_says_every_step_in_order(cli: Cli, guests: Path) -> None:
     (pages,) = set(re.findall(r"\b([0-9]+) pages", done.err))
     assert done.err.splitlines() == [
         "platform sim (6.12): a simulated host, as asked",
+        f"VMSA mode sync: {image} has no VMSA of its own, KVM makes them",
         f"launched {image}: {pages} pages measured, policy 0x30000",
         f"launch digest {digest}",
         f"prediction and host agree on all {pages} pages",

@@ -33,6 +33,15 @@ PRINTS: dict[str, list[Any]] = {
         r"Page: page 2 of image .*",
         r"2 pages were taken before; the launch is <Started .*>",
     ],
+    "vmsa_page_type.py": [
+        r"platform: sim",
+        r"sync   [0-9a-f]{96}",
+        r"       kernel 7\.0; depends on number of vCPUs, CPU model",
+        r"page   [0-9a-f]{96}",
+        r"       kernel vmsa-page; depends on CPU model, GPA of the VMSA, a register of the VMSA",
+        r"direct [0-9a-f]{96}",
+        r"       kernel direct-vmsa; depends on CPU model, GPA of the VMSA, a register of the VMSA",
+    ],
     "walk.py": [
         r".*hello\.elf \(elf\): [0-9]+ pages in 3 steps, 1 vCPU, 256 MiB, policy 0x30000",
         r"  0x1000 1 NORMAL start-info",

@@ -82,10 +82,16 @@ def explain_update(err: int, fw_error: int, page_type: int, what: str) -> str:
     """Why SNP_LAUNCH_UPDATE gave ``err`` for the page described by ``what``."""
     where = f"Page: {what}. " if what else ""
     if err == errno.EINVAL:
+        vmsa = ""
+        if page_type == PageType.VMSA:
+            vmsa = (
+                " Mainline kernels don't; one with the proposal refuses a VMSA whose vmpl isn't 0 "
+                "or whose sev_features aren't the VM's, and more than a page at once."
+            )
         return where + (
             "The kernel refused the request itself: no SNP_LAUNCH_START yet, length or source not "
             "page aligned, no memory slot with guest_memfd at this GPA, or it doesn't accept "
-            f"page type {_type_name(page_type)}."
+            f"page type {_type_name(page_type)}.{vmsa}"
         )
     if err == errno.EIO and fw_error == FwStatus.SUCCESS:
         return where + (

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim import KernelProfile, SimPlatform
 from kvmlaunch.uapi import ARGUMENT, Result, address_of, ffi, ioctl_name, lib, peek, poke
 
 PAGE = 4096
@@ -199,7 +199,9 @@ def zeros(size: int) -> bytes:
 
 
 @contextmanager
-def simulated(profile: str = "6.12", faults: Any = (), **options: Any) -> Iterator[SimPlatform]:
+def simulated(
+    profile: str | KernelProfile = "6.12", faults: Any = (), **options: Any
+) -> Iterator[SimPlatform]:
     """A SimPlatform with predictable keys that is shut down, and left no fd, at the end."""
     options.setdefault("random", zeros)
     with SimPlatform(profile, faults=faults, **options) as platform:

@@ -110,7 +110,11 @@ class ScriptedMachine:
 
 
 class Rig:
-    """A launched guest whose CPUs run ``script``; page 8 of its RAM is shared, for a GHCB."""
+    """A launched guest whose CPUs run ``script``; page 8 of its RAM is shared, for a GHCB.
+
+    ``enable``: capabilities without arguments, before the vCPUs; ``prepare`` comes between
+    SNP_LAUNCH_START and SNP_LAUNCH_FINISH.
+    """
 
     def __init__(
         self,
@@ -122,6 +126,8 @@ class Rig:
         hypercalls: bool = True,
         split: bool = False,
         req_certs: bool = False,
+        enable: tuple[int, ...] = (),
+        prepare: Callable[[Guest], object] = lambda guest: None,
         **options: Any,
     ) -> None:
         self.machine: Any = None
@@ -136,6 +142,9 @@ class Rig:
         guest.ok(guest.init2(ghcb_version=ghcb_version)[0])
         if req_certs:
             guest.ok(guest.sev(guest.vm, lib.KVM_SEV_SNP_ENABLE_REQ_CERTS, 0, guest.sev_fd)[0])
+        for number in enable:
+            cap = struct_("kvm_enable_cap", cap=number)
+            guest.ok(guest.ioctl(guest.vm, lib.KVM_ENABLE_CAP, cap))
         if split:
             cap = struct_("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
             guest.ok(guest.ioctl(guest.vm, lib.KVM_ENABLE_CAP, cap))
@@ -146,6 +155,7 @@ class Rig:
         guest.add_ram()
         self.vcpus = [guest.add_vcpu(number) for number in range(vcpus)]
         guest.ok(guest.start()[0])
+        prepare(guest)
         guest.ok(guest.finish()[0])
         guest.ok(guest.set_attributes(GHCB_GPA, PAGE, 0))
         self.runs = [guest.mmap_run(vcpu) for vcpu in self.vcpus]

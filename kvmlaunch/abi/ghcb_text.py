@@ -97,6 +97,10 @@ def _ap_creation(info_1: int, info_2: int, _registers: Mapping[str, int]) -> str
     return f"{name} apic_id={info_1 >> 32} vmpl={info_1 >> 16 & 0xF} vmsa={info_2:#x}"
 
 
+def _apic_id_list(info_1: int, _info_2: int, registers: Mapping[str, int]) -> str:
+    return f"gpa={info_1:#x} pages={registers['rax']}"
+
+
 def _terminate(info_1: int, _info_2: int, _registers: Mapping[str, int]) -> str:
     return f"reason set {info_1 & 0xF} code {info_1 >> 4 & 0xFF}"
 
@@ -106,6 +110,7 @@ def _guest_request(info_1: int, info_2: int, _registers: Mapping[str, int]) -> s
 
 
 _EVENTS: Mapping[int, Callable[[int, int, Mapping[str, int]], str]] = {
+    GhcbExit.APIC_ID_LIST: _apic_id_list,
     GhcbExit.AP_CREATION: _ap_creation,
     GhcbExit.CPUID: _cpuid,
     GhcbExit.EXT_GUEST_REQUEST: _guest_request,

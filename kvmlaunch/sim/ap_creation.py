@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.ghcb import ApRequest, GhcbError
-from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.sim.ghcb import Ghcb
 from kvmlaunch.sim.rmp import LARGE_PAGE_SIZE
 
@@ -40,8 +39,8 @@ def _request(vcpu: Vcpu, ghcb: Ghcb) -> bool:
             return False
     gpa = ghcb.info_2
     if request in (ApRequest.CREATE_ON_INIT, ApRequest.CREATE):
-        # page_address_valid(); and an erratum makes a 2 MiB aligned VMSA unsafe.
-        if gpa % PAGE_SIZE or gpa & vcpu.state.reserved_gpa_bits or not gpa % LARGE_PAGE_SIZE:
+        # An erratum makes a 2 MiB aligned VMSA unsafe.
+        if not vcpu.state.is_page_address(gpa) or not gpa % LARGE_PAGE_SIZE:
             return False
     elif request != ApRequest.DESTROY:
         return False

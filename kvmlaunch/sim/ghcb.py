@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -62,9 +62,11 @@ _REQUIRED: Mapping[int, tuple[str, ...]] = MappingProxyType(
         GhcbExit.PSC: ("scratch",),
         GhcbExit.GUEST_REQUEST: (),
         GhcbExit.EXT_GUEST_REQUEST: (),
+        GhcbExit.APIC_ID_LIST: ("rax",),
+        GhcbExit.RUN_VMPL: (),
     }
 )
-"""Events that KVM knows -> what the guest must have marked as valid."""
+"""Events that some KVM knows -> what the guest must have marked as valid."""
 
 
 class Ghcb:
@@ -198,16 +200,17 @@ class ScratchArea:
             _write(self._memory, self._gpa, bytes(self._copy))
 
 
-def refused(ghcb: Ghcb, *, multi_vmpl: bool = False) -> GhcbError | None:
-    """sev_es_validate_vmgexit(): why KVM refuses the event, before it looks at it."""
+def refused(ghcb: Ghcb, lacking: Container[int] = ()) -> GhcbError | None:
+    """sev_es_validate_vmgexit(): why KVM refuses the event, before it looks at it.
+
+    ``lacking`` are the events that this kernel doesn't have.
+    """
     if ghcb.usage:
         return GhcbError.INVALID_USAGE
     if not all(map(ghcb.is_valid, ("exit_code", "exit_info_1", "exit_info_2"))):
         return GhcbError.MISSING_INPUT
     required = _REQUIRED.get(ghcb.exit_code)
-    if multi_vmpl and ghcb.exit_code == GhcbExit.RUN_VMPL:
-        required = ()
-    if required is None:
+    if required is None or ghcb.exit_code in lacking:
         return GhcbError.INVALID_EVENT
     if not all(map(ghcb.is_valid, (*required, *_also_required(ghcb)))):
         return GhcbError.MISSING_INPUT

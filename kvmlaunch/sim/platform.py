@@ -33,8 +33,8 @@ __all__ = ["SimPlatform"]
 class SimPlatform:
     """A host with SNP in this process: /dev/kvm and /dev/sev, nothing of it real.
 
-    ``profile`` is the kernel or its name (6.12, 6.18, 7.0 ...), ``product`` the CPU (Milan, Genoa,
-    Turin), ``faults`` what must go wrong (see :mod:`kvmlaunch.sim.faults`); ``random``
+    ``profile`` names the kernel (6.12, 6.18, 7.0) or is one, ``product`` the CPU (Milan,
+    Genoa, Turin), ``faults`` what must go wrong (see :mod:`kvmlaunch.sim.faults`); ``random``
     is the firmware's source of keys. ``seed`` chooses how several vCPUs take turns: the
     same seed, the same guest, the same run. ``machine`` makes the CPUs.
 
@@ -55,15 +55,8 @@ class SimPlatform:
         machine: MachineMaker = Machine,
     ) -> None:
         orders = faults if isinstance(faults, Faults) else Faults.parse(faults)
-        self._host = Host(
-            kernel_profile(profile) if isinstance(profile, str) else profile,
-            orders,
-            product,
-            random,
-            user,
-            seed=seed,
-            machine=machine,
-        )
+        kernel = kernel_profile(profile) if isinstance(profile, str) else profile
+        self._host = Host(kernel, orders, product, random, user, seed=seed, machine=machine)
         self._lock = self._host.lock
         self._real = RealPlatform()
         self._mappings: dict[int, list[Vcpu]] = {}

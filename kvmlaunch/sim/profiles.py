@@ -67,6 +67,8 @@ class KernelProfile:
         ap_create_exact_features: AP creation wants SEV_FEATURES as in INIT2, not only the same
             injection modes.
         vmpls: how many VMPLs a vCPU can run at; mainline has VMPL0 only.
+        apic_id_list: the GHCB event of that name, and its feature bit.
+        ap_create_uninitialized: AP creation starts a vCPU that waits for its first INIT.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
         vmsa: what it does with VMSA pages from user space, which mainline doesn't take.
     """
@@ -93,6 +95,8 @@ class KernelProfile:
     hypercall_ret_cleared: bool
     ap_create_exact_features: bool
     vmpls: int
+    apic_id_list: bool
+    ap_create_uninitialized: bool
     quirks: int
     vmsa: VmsaRules
 
@@ -123,6 +127,8 @@ _6_12 = KernelProfile(
     hypercall_ret_cleared=False,
     ap_create_exact_features=False,
     vmpls=1,
+    apic_id_list=False,
+    ap_create_uninitialized=False,
     quirks=_QUIRKS_6_12,
     vmsa=VmsaRules(vcpu_op_errno=errno.EINVAL),
 )

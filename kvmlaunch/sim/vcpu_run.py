@@ -128,6 +128,11 @@ class VcpuRun:
                 vcpu.run.exit_reason = lib.KVM_EXIT_INTR
                 refuse(errno.EINTR)
             vcpu.accept_events()
+            # The proposal's text names the need, not the way; this one is that of the SNP host
+            # series before 6.11 (sev_vcpu_unblocking).
+            noticed = vcpu.vm.host.profile.ap_create_uninitialized and vcpu.update_state
+            if noticed and vcpu.mp_state == lib.KVM_MP_STATE_UNINITIALIZED:
+                vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
         refuse(errno.EAGAIN)
 
     def _loop(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.sim import msrs
 from kvmlaunch.sim.fpu import FpuState
 from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits, canonical
@@ -91,6 +92,10 @@ class VcpuState:
         cs = self.vmcb.segment("cs")
         self.vmcb.put_segment("cs", Segment(vector << 8, cs.attrib, cs.limit, vector << 12))
         self.regs["rip"] = 0
+
+    def is_page_address(self, gpa: int) -> bool:
+        """page_address_valid()."""
+        return not gpa % PAGE_SIZE and not gpa & self.reserved_gpa_bits
 
     def set_cr0(self, value: int) -> None:
         """svm_set_cr0(): CD and NW don't reach the CPU while the quirk is on."""

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.ghcb import GhcbError, GhcbExit, MsrRequest, PageOperation, ioio_size
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import ap_creation, exits, ghcb_io, ghcb_requests, intercepts, psc
+from kvmlaunch.sim import (
+    ap_creation,
+    apic_id_list,
+    exits,
+    ghcb_io,
+    ghcb_requests,
+    intercepts,
+    psc,
+)
 from kvmlaunch.sim.ghcb import Ghcb, refused
+from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.sim.sev_es import Hold, SevEsState
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import lib
@@ -18,10 +27,12 @@ from kvmlaunch.uapi import lib
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
 
-__all__ = ["HV_FEATURES", "HV_FEATURE_MULTI_VMPL", "handle"]
+__all__ = ["HV_FEATURES", "HV_FEATURE_APIC_ID_LIST", "HV_FEATURE_MULTI_VMPL", "handle"]
 
 HV_FEATURES = 0x3
 """GHCB_HV_FT_SUPPORTED: SNP and AP creation."""
+HV_FEATURE_APIC_ID_LIST = 1 << 4
+"""What a host with the event of that name has besides."""
 HV_FEATURE_MULTI_VMPL = 1 << 5
 """What a host with several VMPLs has besides."""
 
@@ -48,13 +59,23 @@ def handle(vcpu: Vcpu, value: int) -> int:
         vcpu.state.xcr0 = ghcb.xcr0
     if state.registered_gpa != value:
         refuse(errno.EINVAL)
-    error = refused(ghcb, multi_vmpl=vcpu.vm.host.profile.vmpls > 1)
+    error = refused(ghcb, _lacking(vcpu.vm.host.profile))
     if error is not None:
         return ghcb.refuse(error)
     ghcb.put("exit_info_1", 0)
     ghcb.put("exit_info_2", 0)
     event = _EVENTS.get(ghcb.exit_code)
     return intercepts.handle(vcpu, ghcb) if event is None else event(vcpu, ghcb)
+
+
+def _lacking(profile: KernelProfile) -> set[GhcbExit]:
+    """Events that only other kernels have."""
+    lacking = set()
+    if not profile.apic_id_list:
+        lacking.add(GhcbExit.APIC_ID_LIST)
+    if profile.vmpls == 1:
+        lacking.add(GhcbExit.RUN_VMPL)
+    return lacking
 
 
 def _state(vcpu: Vcpu) -> SevEsState:
@@ -153,7 +174,13 @@ def _hv_features(vcpu: Vcpu, ghcb: Ghcb) -> int:
 
 
 def _features(vcpu: Vcpu) -> int:
-    return HV_FEATURES | (HV_FEATURE_MULTI_VMPL if vcpu.vm.host.profile.vmpls > 1 else 0)
+    profile = vcpu.vm.host.profile
+    features = HV_FEATURES
+    if profile.apic_id_list:
+        features |= HV_FEATURE_APIC_ID_LIST
+    if profile.vmpls > 1:
+        features |= HV_FEATURE_MULTI_VMPL
+    return features
 
 
 def _run_vmpl(vcpu: Vcpu, ghcb: Ghcb) -> int:
@@ -183,6 +210,7 @@ _EVENTS: Mapping[int, Callable[[Vcpu, Ghcb], int]] = MappingProxyType(
         GhcbExit.TERMINATE: _terminate,
         GhcbExit.PSC: psc.begin,
         GhcbExit.AP_CREATION: ap_creation.create,
+        GhcbExit.APIC_ID_LIST: apic_id_list.write,
         GhcbExit.GUEST_REQUEST: ghcb_requests.request,
         GhcbExit.EXT_GUEST_REQUEST: ghcb_requests.extended_request,
         GhcbExit.UNSUPPORTED: _unsupported,

@@ -56,6 +56,7 @@ def test_msr_when_guest_terminates_has_the_reason() -> None:
             "AP_CREATION",
             _CREATE,
         ),
+        (0x80000017, (0x9000, 0), {"rax": 2}, "APIC_ID_LIST", "gpa=0x9000 pages=2"),
         (0x8000FFFE, (0x5_1, 0), {}, "TERMINATE", "reason set 1 code 5"),
         (0x80000010, (0, 0), {}, "PSC", "info_1=0x0 info_2=0x0"),
         (0x1234, (1, 2), {}, "event 0x1234", "info_1=0x1 info_2=0x2"),

@@ -6,6 +6,7 @@ is expected is what the guests' sources say.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from kvmlaunch.images import PlanOptions, load_image
 from kvmlaunch.kvm.exits import Exit, HypercallExit, IoExit, MmioExit, SystemEventExit
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.run import Outcome, run_guest
+from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.uapi import Platform, lib
+from tests.host import require_simulated_cpu
 
 MEMORY = 16 << 20
 TIMEOUT = 60.0
@@ -221,6 +224,27 @@ def test_cpuid_and_msrs_when_asked_are_answered(
     run = Run(test_guests / "registers.elf", *kind)
     assert (run.outcome.kind, run.outcome.ok) == ("exit-port", True)
     assert run.text in ("AuthenticAMD\n", "GenuineIntel\n")
+
+
+APIC_IDS = "APIC IDs 0 1 2\n"
+
+
+def test_apic_ids_when_asked_for_are_listed_or_there_is_no_such_event(
+    snp_host: Platform, test_guests: Path
+) -> None:
+    run = Run(test_guests / "apic_ids.elf", snp_host, True, vcpus=3)
+    assert run.outcome.ok, run.outcome
+    assert run.text in ("no APIC ID list\n", APIC_IDS)
+
+
+@pytest.mark.simulated
+@pytest.mark.parametrize(("offered", "text"), [(False, "no APIC ID list\n"), (True, APIC_IDS)])
+def test_apic_ids_when_simulated_are_listed_where_the_kernel_has_the_event(
+    test_guests: Path, offered: bool, text: str
+) -> None:
+    host = require_simulated_cpu(dataclasses.replace(kernel_profile("7.0"), apic_id_list=offered))
+    run = Run(test_guests / "apic_ids.elf", host, True, vcpus=3)
+    assert (run.outcome.ok, run.text) == (True, text), run.outcome
 
 
 # 64-bit guests, whose page tables are the launcher's

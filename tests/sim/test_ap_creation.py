@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import threading
 
 import pytest
 
 from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.sim.scheduler import GRACE_SECONDS
 from kvmlaunch.softcpu import Access, FaultReason, Halt, NestedFault, VmgExit
 from kvmlaunch.uapi import ffi, lib
@@ -181,6 +183,35 @@ def test_ap_that_nobody_started_waits():
     rig = Rig(nothing, vcpus=2, split=True)
     assert interrupted(rig, 1)
     assert rig.runs[1].exit_reason == lib.KVM_EXIT_INTR
+
+
+NOTICING = dataclasses.replace(kernel_profile("7.0"), name="noticing", ap_create_uninitialized=True)
+
+
+@pytest.mark.parametrize(("profile", "started"), [("7.0", False), (NOTICING, True)])
+def test_ap_that_nobody_started_runs_once_created_where_the_kernel_looks(profile, started):
+    """Mainline gives up KVM_RUN with EAGAIN over and over, and the vCPU stays as it is."""
+    rig = creating((1 << 32 | CREATE, VMSA_GPA, 1), profile=profile, split=True)
+    assert mp_state(rig, 1) == lib.KVM_MP_STATE_UNINITIALIZED
+    assert interrupted(rig, 0)
+    assert rig.error == (0, 0)
+    assert rig.enter(1) == (-1, errno.EAGAIN)
+    if not started:
+        assert rig.enter(1) == (-1, errno.EAGAIN)
+        assert mp_state(rig, 1) == lib.KVM_MP_STATE_UNINITIALIZED
+        return
+    assert mp_state(rig, 1) == lib.KVM_MP_STATE_RUNNABLE
+    assert interrupted(rig, 1)
+    assert mp_state(rig, 1) == lib.KVM_MP_STATE_HALTED
+    assert rig.machine.cpus[1].vmsa == STATE
+
+
+def test_ap_that_nobody_started_waits_on_for_an_init_after_create_on_init():
+    rig = creating((1 << 32 | CREATE_ON_INIT, VMSA_GPA, 1), profile=NOTICING, split=True)
+    assert interrupted(rig, 0)
+    assert rig.error == (0, 0)
+    assert interrupted(rig, 1)
+    assert mp_state(rig, 1) == lib.KVM_MP_STATE_UNINITIALIZED
 
 
 def test_ap_that_got_its_sipi_runs():

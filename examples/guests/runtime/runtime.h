@@ -69,6 +69,7 @@
 #define GHCB_TERMINATE 0x100
 #define GHCB_PROTOCOL 2
 #define FEATURE_SNP 0x1
+#define FEATURE_APIC_ID_LIST 0x10
 #define FEATURE_MULTI_VMPL 0x20
 
 /* #VC error codes, and exit codes of the GHCB page. */
@@ -83,6 +84,7 @@
 #define EXIT_STATE_CHANGE 0x80000010
 #define EXIT_GUEST_REQUEST 0x80000011
 #define EXIT_AP_CREATION 0x80000013
+#define EXIT_APIC_ID_LIST 0x80000017
 #define EXIT_RUN_VMPL 0x80000018
 
 /* What a host says instead of 0 in GHCB_INFO1; GHCB_INFO2 is the vector, or why it refuses. */

@@ -2,7 +2,7 @@
 
 Source: AMD 56421 (GHCB specification), MSR protocol value 0x100; Linux
 arch/x86/include/asm/sev-common.h for the names of reason set 1. Set 15 is that of the
-guests in examples/guests (runtime/runtime.h).
+guests in examples/guests (runtime/runtime.h), set 14 that of kvmlaunch.selftest.payloads.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from typing import NamedTuple
 
 from .ghcb import GhcbError
 
-__all__ = ["EXAMPLES_SET", "Termination", "decode_termination"]
+__all__ = ["EXAMPLES_SET", "SELFTEST_SET", "Termination", "decode_termination"]
 
 EXAMPLES_SET = 15
 """Reason set of the example guests."""
+SELFTEST_SET = 14
+"""Reason set of the selftest's guests, whose codes are what they found."""
 
 _TERMINATE = 0x100
 _REFUSED, _EXCEPTION = 0x20, 0x80
 _SETS = {
     0: "GHCB specification",
     1: "Linux",
+    SELFTEST_SET: "kvmlaunch's selftest",
     EXAMPLES_SET: "kvmlaunch's example guests",
 }
 _CODES = {

@@ -310,6 +310,7 @@ def test_update_when_the_page_type_is_refused_names_it(type_: int, name: str) ->
     with snp_vm() as rig, refused() as caught:
         rig.started().update(GPA, type_, rig.source.address, PAGE)
     assert f"page type {name}." in caught.value.explanation
+    assert ("sev_features aren't the VM's" in caught.value.explanation) == (type_ == 2)
 
 
 def test_update_when_the_descriptor_is_not_dev_sev_says_so() -> None:

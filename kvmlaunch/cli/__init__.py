@@ -7,14 +7,14 @@ import errno
 import sys
 from collections.abc import Sequence
 
-from kvmlaunch.cli import inspect, measure, run
+from kvmlaunch.cli import inspect, measure, run, selftest
 from kvmlaunch.cli.talk import FAILED, INTERRUPTED, SKIPPED, USAGE, Talk, drop, prepare_streams
 from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError, MissingCapability
 from kvmlaunch.version import __version__
 
 __all__ = ["main"]
 
-_COMMANDS = (run, measure, inspect)
+_COMMANDS = (run, measure, inspect, selftest)
 
 _EPILOG = """\
 exit codes:

@@ -21,6 +21,7 @@ from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.measure import measure
 from kvmlaunch.launch.pagelog import open_log
 from kvmlaunch.launch.session import Session
+from kvmlaunch.platforms import profile_for
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import RealPlatform
 from tests.cli.command import page_events
@@ -34,7 +35,7 @@ def confirmed(launch_plan: LaunchPlan, real_snp: RealPlatform) -> None:
     predicted = measure(launch_plan).digest
     # The simulated host has its C-bit elsewhere; what it measures is the same.
     anywhere = replace(launch_plan, cbitpos=None)
-    with SimPlatform("6.12") as simulated, Guest(anywhere, simulated) as guest:
+    with SimPlatform(profile_for(anywhere)) as simulated, Guest(anywhere, simulated) as guest:
         guest.launch(retry_cpuid=True)
         assert simulated.launch_digest(guest.vm.fd) == predicted
     with Guest(launch_plan, real_snp) as guest:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from kvmlaunch.cli.talk import DONE, Talk
-from kvmlaunch.uapi import PROPOSAL_VARIABLE, parse_proposal
+from kvmlaunch.cli.vmsa_options import add_proposal_option, proposal_from
 
 __all__ = ["add_parser"]
 
@@ -45,14 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--sim", metavar="PROFILE[,KEY=VALUE...]", help="what to simulate (default 6.12)"
     )
-    parser.add_argument(
-        "--proposal-cap",
-        metavar="NAME=NUMBER",
-        action="append",
-        default=[],
-        help="number of an unmerged capability or command, as DIRECT_VMSA=252 (may be given "
-        f"several times; also in the environment: {PROPOSAL_VARIABLE})",
-    )
+    add_proposal_option(parser)
     parser.add_argument(
         "--risky",
         action="store_true",
@@ -66,8 +58,7 @@ def _selftest(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.selftest import Json, Ktap, conduct, list_cases, select
 
     specs = select(args.filter)
-    proposal = parse_proposal(os.environ.get(PROPOSAL_VARIABLE, ""))
-    proposal = parse_proposal(",".join(args.proposal_cap), proposal)
+    proposal = proposal_from(args)
     if args.list:
         for line in list_cases(specs, as_json=args.json):
             print(line)

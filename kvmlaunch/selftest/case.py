@@ -120,6 +120,20 @@ class Case:
         else:
             self.expect(answer.fw_error == fw, f"{answer.what}: expected {expected}, got {answer}")
 
+    def errno(self, answer: Answer, name: str) -> None:
+        """The call gave this errno ("" = success), whatever the firmware word is."""
+        expected = f"errno {name}" if name else "success"
+        right = answer.errno == (getattr(errno, name) if name else 0)
+        self.expect(right, f"{answer.what}: expected {expected}, got {answer}")
+
+    def needs(self, *modes: str) -> None:
+        """Raises Skip unless the host takes VMSAs from user space in one of these modes."""
+        offer = self.host.vmsa_offer
+        if offer.mode not in modes:
+            self.skip(
+                f"needs VMSA mode {' or '.join(modes)}, this host has {offer.mode}: {offer.why}"
+            )
+
     def one_of(self, answer: Answer, difference: str) -> bool:
         """The call did what some kernel is known to do; True if it succeeded.
 

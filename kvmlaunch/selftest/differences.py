@@ -79,6 +79,10 @@ DIFFERENCES: Mapping[str, tuple[Behaviour, ...]] = MappingProxyType(
             _taken("6.19 and later"),
             _policy_failure("6.19 and later, where firmware wants something else"),
         ),
+        "SET_VCPU_STATE in a slot without guest_memfd": (
+            Behaviour(errno.EFAULT, "as kvm_gmem_get_pfn() says"),
+            _refused("where the slot is looked at"),
+        ),
         "UPDATE with len 0": (_taken("6.11 to 6.17"), _refused("6.18 and later")),
         "UPDATE with an unaligned source": (_taken("6.11 to 6.19"), _refused("7.0 and later")),
     }

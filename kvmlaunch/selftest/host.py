@@ -9,6 +9,7 @@ from functools import cached_property
 from kvmlaunch.kvm import Kvm, SevDevice
 from kvmlaunch.kvm.system import CpuidLeaf
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
+from kvmlaunch.launch.vmsa_mode import Offer, probe_vmsa_mode
 from kvmlaunch.uapi import MeasuredPage, Platform, Proposal, lib
 
 __all__ = ["Host"]
@@ -37,6 +38,16 @@ class Host:
     def vmsa_features(self) -> int:
         """The SEV features that INIT2 takes."""
         return self.kvm.vmsa_features() or 0
+
+    @cached_property
+    def vmsa_offer(self) -> Offer:
+        """The VMSA mode of this host, found by trying, and how."""
+        return probe_vmsa_mode(self.platform, self.proposal)
+
+    @property
+    def vmsa_mode(self) -> str:
+        """``sync`` on mainline, ``page`` or ``direct`` with a proposal."""
+        return self.vmsa_offer.mode.value
 
     @cached_property
     def policy_mask(self) -> int | None:

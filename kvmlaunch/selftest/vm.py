@@ -5,20 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from kvmlaunch.abi.digest import LaunchDigest
+from kvmlaunch.abi.idblock import IdAuth, IdBlock
 from kvmlaunch.abi.kvm_sync import synced
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.reset import kvm_untouched
 from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.images.plan import SYNC_VMSA_GPA
 from kvmlaunch.kvm import GuestMemfd, HostMemory, Vcpu
 from kvmlaunch.selftest.answer import Answer, issue
 from kvmlaunch.selftest.case import Case, Unprepared
+from kvmlaunch.selftest.idblock import id_auth, id_block
 from kvmlaunch.uapi import MeasuredPage, address_of, ffi, lib, peek
 
-__all__ = ["GPA", "UNMAPPED", "LaunchVm", "read_only"]
+__all__ = ["GPA", "UNMAPPED", "LaunchVm", "described", "read_only"]
 
 GPA = 0x100000
 """Where the memory of a `LaunchVm` begins; not at its start, so that GPA and offset differ."""
@@ -26,7 +29,7 @@ GPA = 0x100000
 UNMAPPED = 0x1000
 """An address of this process where nothing is mapped (mmap_min_addr is above)."""
 
-_KVM_VMSA_GPA = 0xFFFF_FFFF_F000  # INITIAL_VMSA_GPA, svm/sev.c
+_Self = TypeVar("_Self", bound="LaunchVm")
 
 
 class LaunchVm:
@@ -52,7 +55,9 @@ class LaunchVm:
     # Steps to get somewhere. Those that are checked elsewhere must succeed here.
 
     @classmethod
-    def ready(cls, case: Case, *, pages: int = 4, vcpus: int = 0, features: int = 0) -> LaunchVm:
+    def ready(
+        cls: type[_Self], case: Case, *, pages: int = 4, vcpus: int = 0, features: int = 0
+    ) -> _Self:
         """An initialised SNP VM with ``pages`` private pages at GPA, and vCPUs."""
         vm = cls(case)
         _must(vm.init2(vmsa_features=features))
@@ -63,7 +68,9 @@ class LaunchVm:
         return vm
 
     @classmethod
-    def started(cls, case: Case, *, pages: int = 4, vcpus: int = 0, features: int = 0) -> LaunchVm:
+    def started(
+        cls: type[_Self], case: Case, *, pages: int = 4, vcpus: int = 0, features: int = 0
+    ) -> _Self:
         """The same after SNP_LAUNCH_START."""
         vm = cls.ready(case, pages=pages, vcpus=vcpus, features=features)
         _must(vm.start())
@@ -119,7 +126,7 @@ class LaunchVm:
 
     def init2(self, **fields: Any) -> Answer:
         """KVM_SEV_INIT2; fields are those of struct kvm_sev_init."""
-        answer = self.command("INIT2", "kvm_sev_init", dict(fields), None, _note(fields))
+        answer = self.command("INIT2", "kvm_sev_init", dict(fields), None, described(fields))
         if answer.ok:
             self._features = fields.get("vmsa_features", 0) | 1
         return answer
@@ -128,7 +135,7 @@ class LaunchVm:
         """KVM_SEV_SNP_LAUNCH_START with policy 0x30000 unless told otherwise."""
         given = {"policy": DEFAULT_POLICY, **fields}
         return self.command(
-            "SNP_LAUNCH_START", "kvm_sev_snp_launch_start", given, sev_fd, _note(fields)
+            "SNP_LAUNCH_START", "kvm_sev_snp_launch_start", given, sev_fd, described(fields)
         )
 
     def update(
@@ -138,6 +145,7 @@ class LaunchVm:
         *,
         type: int = PageType.NORMAL,
         sev_fd: int | None = None,
+        note: str = "",
         **fields: Any,
     ) -> Answer:
         """KVM_SEV_SNP_LAUNCH_UPDATE of pages of slot 0; a CPUID page's source is filled in."""
@@ -153,16 +161,21 @@ class LaunchVm:
             **fields,
         }
         source = given["uaddr"]
-        note = _note({"type": type, **asked})
+        note = described({"type": type, **asked}) + note
         answer = self.command("SNP_LAUNCH_UPDATE", "kvm_sev_snp_launch_update", given, sev_fd, note)
         if answer.ok and "at" not in fields:
-            self._measure(type, given["gfn_start"], source, (given["len"] - answer.data.len))
+            kind = PageType.VMSA if type == self.host.proposal.page_type_vmsa else type
+            self._measure(kind, given["gfn_start"], source, (given["len"] - answer.data.len))
         return answer
 
     def finish(self, *, sev_fd: int | None = None, **fields: Any) -> Answer:
         """KVM_SEV_SNP_LAUNCH_FINISH."""
         return self.command(
-            "SNP_LAUNCH_FINISH", "kvm_sev_snp_launch_finish", dict(fields), sev_fd, _note(fields)
+            "SNP_LAUNCH_FINISH",
+            "kvm_sev_snp_launch_finish",
+            dict(fields),
+            sev_fd,
+            described(fields),
         )
 
     def fill(self, page: int, data: bytes) -> None:
@@ -201,6 +214,23 @@ class LaunchVm:
             self._case.equal(f"page {seq} as measured", _page(got), _page(expected))
         self._case.equal("number of measured pages", len(measured), len(self.pages))
 
+    def confirm(self) -> None:
+        """FINISH under an ID block with the predicted digest: firmware confirms it."""
+        self._case.taken(self.finish_expecting(self.digest))
+        self.check_measured()
+
+    def finish_expecting(self, digest: bytes) -> Answer:
+        """FINISH under an ID block with this digest."""
+        block = id_block(digest)
+        return self.finish_with(block, id_auth(block))
+
+    def finish_with(self, block: IdBlock, auth: IdAuth, **fields: int) -> Answer:
+        """FINISH with an ID block."""
+        parts = ffi.from_buffer(block.encode()), ffi.from_buffer(auth.encode())
+        block_at, auth_at = map(address_of, parts)
+        given = {"id_block_en": 1, "id_block_uaddr": block_at, "id_auth_uaddr": auth_at, **fields}
+        return self.finish(**given)
+
     def expect_vmsas(self, states: Sequence[Vmsa] | None = None) -> bytes:
         """Add the VMSAs that KVM makes at FINISH; the predicted digest then.
 
@@ -211,7 +241,7 @@ class LaunchVm:
             states = [kvm_untouched(sev_features=features)] * len(self.vcpus)
         for state in states:
             page = synced(state, sev_features=features).encode()
-            self._add(PageType.VMSA, _KVM_VMSA_GPA, page)
+            self._add(PageType.VMSA, SYNC_VMSA_GPA, page)
         return self.digest
 
 
@@ -237,7 +267,8 @@ def _page(page: MeasuredPage | None) -> str:
     return f"type {page.type} at {page.gpa:#x} contents {page.contents.hex()[:16]}"
 
 
-def _note(fields: dict[str, Any]) -> str:
+def described(fields: dict[str, Any]) -> str:
+    """The fields of a command, for its name in a sentence."""
     shown = [
         f"{name}={_value(value)}"
         for name, value in fields.items()

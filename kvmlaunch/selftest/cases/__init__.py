@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from kvmlaunch.selftest.cases import command, init2, start, update, finish  # isort: skip
+from kvmlaunch.selftest.cases import (  # isort: skip
+    command,
+    init2,
+    start,
+    update,
+    finish,
+    golden,
+    vmsa_pages,
+    vcpu_state,
+)
 
-__all__ = ["command", "finish", "init2", "start", "update"]
+__all__ = ["command", "finish", "golden", "init2", "start", "update", "vcpu_state", "vmsa_pages"]

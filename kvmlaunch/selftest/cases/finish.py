@@ -6,18 +6,16 @@ import errno
 from dataclasses import replace
 
 from kvmlaunch.abi.fwstatus import FwStatus
-from kvmlaunch.abi.idblock import IdAuth, IdBlock
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.reset import kvm_untouched
 from kvmlaunch.errors import IoctlError
 from kvmlaunch.kvm import Vcpu
 from kvmlaunch.kvm.exits import FailEntryExit
-from kvmlaunch.selftest.answer import Answer
 from kvmlaunch.selftest.case import Case, case
 from kvmlaunch.selftest.idblock import flipped, id_auth, id_block
 from kvmlaunch.selftest.vm import UNMAPPED, LaunchVm
-from kvmlaunch.uapi import address_of, ffi, lib
+from kvmlaunch.uapi import ffi, lib
 
 _NO_FD = 0x7FFF_FFFF
 _DR7_FIXED = 0x400
@@ -156,25 +154,10 @@ def creation_order(t: Case) -> None:
         vm.vcpus[-1].set_regs({**regs, "rax": 0xA0 + vcpu_id})
     untouched = kvm_untouched(sev_features=1)
     vm.expect_vmsas([untouched.replace(rax=0xA1), untouched.replace(rax=0xA0)])
-    confirm(t, vm)
+    vm.confirm()
 
 
 # ID blocks. Without vCPUs, a FINISH that is refused can be repeated.
-
-
-def confirm(t: Case, vm: LaunchVm) -> None:
-    """FINISH under an ID block with the predicted digest: firmware confirms it."""
-    block = id_block(vm.digest)
-    t.taken(finish_with(vm, block, id_auth(block)))
-    vm.check_measured()
-
-
-def finish_with(vm: LaunchVm, block: IdBlock, auth: IdAuth, **fields: int) -> Answer:
-    """FINISH with an ID block."""
-    parts = ffi.from_buffer(block.encode()), ffi.from_buffer(auth.encode())
-    block_at, auth_at = map(address_of, parts)
-    given = {"id_block_en": 1, "id_block_uaddr": block_at, "id_auth_uaddr": auth_at, **fields}
-    return vm.finish(**given)
 
 
 def _with_page(t: Case) -> LaunchVm:
@@ -189,7 +172,7 @@ def id_block_taken(t: Case) -> None:
     vm = LaunchVm.started(t)
     t.taken(vm.update(0, 2))
     t.taken(vm.update(2, type=PageType.ZERO))
-    confirm(t, vm)
+    vm.confirm()
 
 
 @case("id-block.vcpus")
@@ -198,7 +181,7 @@ def id_block_vcpus(t: Case) -> None:
     vm = LaunchVm.started(t, vcpus=2)
     t.taken(vm.update())
     vm.expect_vmsas()
-    confirm(t, vm)
+    vm.confirm()
 
 
 @case("id-block.digest")
@@ -207,9 +190,9 @@ def id_block_digest(t: Case) -> None:
     vm = _with_page(t)
     for bit in (0, 200, 383):
         block = id_block(flipped(vm.digest, bit))
-        answer = finish_with(vm, block, id_auth(block))
+        answer = vm.finish_with(block, id_auth(block))
         t.refused(answer, "EIO", fw=FwStatus.BAD_MEASUREMENT)
-    confirm(t, vm)
+    vm.confirm()
 
 
 @case("id-block.policy")
@@ -217,8 +200,8 @@ def id_block_policy(t: Case) -> None:
     """An ID block for another policy is refused by firmware: policy failure"""
     vm = _with_page(t)
     block = id_block(vm.digest, policy=DEFAULT_POLICY | 1 << 19)
-    t.refused(finish_with(vm, block, id_auth(block)), "EIO", fw=FwStatus.POLICY_FAILURE)
-    confirm(t, vm)
+    t.refused(vm.finish_with(block, id_auth(block)), "EIO", fw=FwStatus.POLICY_FAILURE)
+    vm.confirm()
 
 
 @case("id-block.signature")
@@ -227,8 +210,8 @@ def id_block_signature(t: Case) -> None:
     vm = _with_page(t)
     block = id_block(vm.digest)
     changed = replace(block, guest_svn=block.guest_svn + 1)
-    t.refused(finish_with(vm, changed, id_auth(block)), "EIO", fw=FwStatus.BAD_SIGNATURE)
-    confirm(t, vm)
+    t.refused(vm.finish_with(changed, id_auth(block)), "EIO", fw=FwStatus.BAD_SIGNATURE)
+    vm.confirm()
 
 
 @case("id-block.algorithm")
@@ -237,8 +220,8 @@ def id_block_algorithm(t: Case) -> None:
     vm = _with_page(t)
     block = id_block(vm.digest)
     auth = replace(id_auth(block), id_key_algo=0)
-    t.refused(finish_with(vm, block, auth), "EIO", fw=FwStatus.INVALID_PARAM)
-    confirm(t, vm)
+    t.refused(vm.finish_with(block, auth), "EIO", fw=FwStatus.INVALID_PARAM)
+    vm.confirm()
 
 
 @case("id-block.author-key")
@@ -248,9 +231,9 @@ def id_block_author_key(t: Case) -> None:
     block = id_block(vm.digest)
     auth = id_auth(block, author=True)
     wrong = replace(auth, id_key_sig=auth.id_block_sig)
-    answer = finish_with(vm, block, wrong, auth_key_en=1)
+    answer = vm.finish_with(block, wrong, auth_key_en=1)
     t.refused(answer, "EIO", fw=FwStatus.BAD_SIGNATURE)
-    t.taken(finish_with(vm, block, auth, auth_key_en=1))
+    t.taken(vm.finish_with(block, auth, auth_key_en=1))
 
 
 @case("id-block.author-key-off")
@@ -259,7 +242,7 @@ def id_block_author_key_off(t: Case) -> None:
     vm = _with_page(t)
     block = id_block(vm.digest)
     auth = id_auth(block, author=True)
-    t.taken(finish_with(vm, block, replace(auth, id_key_sig=auth.id_block_sig)))
+    t.taken(vm.finish_with(block, replace(auth, id_key_sig=auth.id_block_sig)))
 
 
 @case("id-block.off")
@@ -276,9 +259,9 @@ def id_block_pointers(t: Case) -> None:
     block = id_block(vm.digest)
     auth = id_auth(block)
     for address, name in ((0, "EINVAL"), (UNMAPPED, "EFAULT")):
-        t.refused(finish_with(vm, block, auth, id_block_uaddr=address), name)
-        t.refused(finish_with(vm, block, auth, id_auth_uaddr=address), name)
-    t.taken(finish_with(vm, block, auth))
+        t.refused(vm.finish_with(block, auth, id_block_uaddr=address), name)
+        t.refused(vm.finish_with(block, auth, id_auth_uaddr=address), name)
+    t.taken(vm.finish_with(block, auth))
 
 
 # The vCPUs.

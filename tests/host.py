@@ -15,7 +15,6 @@ import pytest
 from kvmlaunch.errors import IoctlError, MissingCapability
 from kvmlaunch.kvm import Kvm, SevDevice
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.uapi import RealPlatform
 
 
@@ -56,7 +55,7 @@ def require_snp() -> RealPlatform:
     return platform
 
 
-def require_simulated_cpu(profile: str | KernelProfile = "6.12", **options: Any) -> SimPlatform:
+def require_simulated_cpu(profile: str = "6.12", **options: Any) -> SimPlatform:
     """A simulated host that can run guests."""
     if importlib.util.find_spec("unicorn") is None:
         require("unicorn", "unicorn isn't installed (pip install 'kvmlaunch[softcpu]')")

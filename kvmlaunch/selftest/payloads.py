@@ -158,7 +158,11 @@ def report_vmsa_state(cbitpos: int, *, sev_features: int = 1) -> Vmsa:
 
 
 def start_ap(cbitpos: int, *, sev_features: int = 1) -> Vmsa:
-    """The state that starts `start_ap` on the vCPU that launched; the other has APIC ID 1."""
+    """The state that starts `start_ap`, on the first vCPU; the other one has APIC ID 1.
+
+    That one must wait for it: with the APIC in the kernel, and on kernels that don't look at AP
+    creation before the first INIT in KVM_MP_STATE_AP_RESET_HOLD.
+    """
     return _long_mode("start_ap", cbitpos, sev_features)
 
 

@@ -178,6 +178,8 @@ _DIRECT_VMSA = replace(
     _7_0,
     name="direct-vmsa",
     release="7.0, and VMSA pages by proposal v2",
+    apic_id_list=True,
+    ap_create_uninitialized=True,
     vmsa=DIRECT_VMSA,
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,9 +10,10 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from kvmlaunch.abi.segment import Segment
+from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode, supply_vmsas
 from kvmlaunch.selftest import payloads
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.sim.profiles import kernel_profile
 from tests.host import require_simulated_cpu
 from tests.payloads import payload_plan, report_of, run_payload
 
@@ -28,9 +28,9 @@ def host() -> SimPlatform:
 
 
 @pytest.fixture
-def listing_host() -> SimPlatform:
-    """A kernel with the GHCB event APIC_ID_LIST."""
-    return require_simulated_cpu(dataclasses.replace(kernel_profile("7.0"), apic_id_list=True))
+def direct_host() -> SimPlatform:
+    """A kernel of the proposal: VMSAs by user space, and the GHCB event APIC_ID_LIST."""
+    return require_simulated_cpu("direct-vmsa")
 
 
 # Bytes and pages
@@ -197,10 +197,10 @@ def test_ghcb_page_when_not_launched_is_told(host: SimPlatform) -> None:
 
 
 @pytest.mark.parametrize(("vcpus", "mask"), [(1, 0b1), (2, 0b11), (5, 0b11111)])
-def test_apic_ids_when_listed_are_counted(listing_host: SimPlatform, vcpus: int, mask: int) -> None:
+def test_apic_ids_when_listed_are_counted(direct_host: SimPlatform, vcpus: int, mask: int) -> None:
     states = [payloads.apic_ids(C_BIT)] * vcpus
     launch_plan = payload_plan(*states, cbitpos=C_BIT, apic=True)
-    report = report_of(run_payload(launch_plan, listing_host))
+    report = report_of(run_payload(launch_plan, direct_host))
     assert report == (0, mask << 32 | vcpus << 16 | 0xE100)
 
 
@@ -208,3 +208,37 @@ def test_apic_ids_when_the_host_has_no_list_tells_its_features(host: SimPlatform
     outcome = run_payload(payload_plan(payloads.apic_ids(C_BIT), cbitpos=C_BIT), host)
     # SNP and AP creation.
     assert report_of(outcome) == (0, 0x3_00E6E100)
+
+
+# With VMSAs that user space supplies
+
+
+def direct(launch_plan: LaunchPlan, *states: Vmsa) -> LaunchPlan:
+    """The plan with a VMSA page for each of the first vCPUs, behind the payloads' memory."""
+    choices = [
+        VmsaChoice(vcpu, 0x109000 + vcpu * 0x1000, state.encode())
+        for vcpu, state in enumerate(states)
+    ]
+    return supply_vmsas(launch_plan, VmsaMode.DIRECT, choices)
+
+
+def test_state_when_user_space_made_the_vmsa_is_that_of_the_page(direct_host: SimPlatform) -> None:
+    """CR2 as well, which KVM can't be told."""
+    state = payloads.report_vmsa_state(C_BIT).replace(cr2=0xDEAD000)
+    checksum = payloads.state_checksum(state)
+    assert checksum != payloads.state_checksum(state.replace(cr2=0))
+    launch_plan = direct(payload_plan(state, cbitpos=C_BIT), state)
+    outcome = run_payload(launch_plan, direct_host)
+    assert report_of(outcome) == (0, payloads.reported(checksum & 0xFF, checksum))
+
+
+def test_ap_when_it_has_no_vmsa_is_started_by_the_guest(direct_host: SimPlatform) -> None:
+    bsp, ap = payloads.start_ap(C_BIT), payloads.report_bl(0x11)
+    launch_plan = direct(payload_plan(bsp, ap, cbitpos=C_BIT, apic=True), bsp)
+    assert report_of(run_payload(launch_plan, direct_host)) == (1, 0xA9E100)
+
+
+def test_apic_ids_when_only_the_first_vcpu_has_a_vmsa_are_all(direct_host: SimPlatform) -> None:
+    bsp = payloads.apic_ids(C_BIT)
+    launch_plan = direct(payload_plan(bsp, bsp, bsp, cbitpos=C_BIT, apic=True), bsp)
+    assert report_of(run_payload(launch_plan, direct_host)) == (0, 0x7_0003E100)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import threading
 
 import pytest
 
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.sim.scheduler import GRACE_SECONDS
 from kvmlaunch.softcpu import Access, FaultReason, Halt, NestedFault, VmgExit
 from kvmlaunch.uapi import ffi, lib
@@ -185,10 +183,7 @@ def test_ap_that_nobody_started_waits():
     assert rig.runs[1].exit_reason == lib.KVM_EXIT_INTR
 
 
-NOTICING = dataclasses.replace(kernel_profile("7.0"), name="noticing", ap_create_uninitialized=True)
-
-
-@pytest.mark.parametrize(("profile", "started"), [("7.0", False), (NOTICING, True)])
+@pytest.mark.parametrize(("profile", "started"), [("7.0", False), ("direct-vmsa", True)])
 def test_ap_that_nobody_started_runs_once_created_where_the_kernel_looks(profile, started):
     """Mainline gives up KVM_RUN with EAGAIN over and over, and the vCPU stays as it is."""
     rig = creating((1 << 32 | CREATE, VMSA_GPA, 1), profile=profile, split=True)
@@ -207,7 +202,7 @@ def test_ap_that_nobody_started_runs_once_created_where_the_kernel_looks(profile
 
 
 def test_ap_that_nobody_started_waits_on_for_an_init_after_create_on_init():
-    rig = creating((1 << 32 | CREATE_ON_INIT, VMSA_GPA, 1), profile=NOTICING, split=True)
+    rig = creating((1 << 32 | CREATE_ON_INIT, VMSA_GPA, 1), profile="direct-vmsa", split=True)
     assert interrupted(rig, 0)
     assert rig.error == (0, 0)
     assert interrupted(rig, 1)

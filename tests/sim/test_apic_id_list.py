@@ -11,7 +11,7 @@ import struct
 
 import pytest
 
-from kvmlaunch.sim.profiles import KERNEL_PROFILES, kernel_profile
+from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.softcpu import VmgExit
 from kvmlaunch.uapi import lib
 
@@ -19,7 +19,7 @@ from .driver import PAGE, RAM_PAGES, Guest
 from .scripted import RAX, RBX, RCX, RDX, Rig, asks
 
 LIST = 0x80000017
-WITH_LIST = dataclasses.replace(kernel_profile("7.0"), name="with-list", apic_id_list=True)
+WITH_LIST = kernel_profile("direct-vmsa")
 BUFFER_GPA = Guest.GPA + 9 * PAGE
 LAST_GPA = Guest.GPA + (RAM_PAGES - 1) * PAGE
 MISSING_INPUT, INVALID_INPUT, INVALID_EVENT = (2, 4), (2, 5), (2, 6)
@@ -97,16 +97,16 @@ def test_list_when_pages_are_too_few_is_not_refused_for_its_gpa():
     assert answered(1 << 52, rax=0).error == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["6.12", "6.18", "7.0", "multi-vmpl"])
+@pytest.mark.parametrize("name", ["6.12", "6.18", "7.0", "multi-vmpl", "vmsa-page"])
 def test_list_when_the_kernel_has_no_such_event_is_refused(name: str):
-    rig = asks({"code": LIST, "info_1": BUFFER_GPA, "rax": 1}, profile=KERNEL_PROFILES[name])
+    rig = asks({"code": LIST, "info_1": BUFFER_GPA, "rax": 1}, profile=name)
     rig.enter()
     assert rig.error == INVALID_EVENT
 
 
 @pytest.mark.parametrize(
     ("profile", "features"),
-    [("7.0", 0x3), (WITH_LIST, 0x13), (dataclasses.replace(WITH_LIST, vmpls=4), 0x33)],
+    [("7.0", 0x3), ("direct-vmsa", 0x13), (dataclasses.replace(WITH_LIST, vmpls=4), 0x33)],
     ids=["7.0", "with the list", "with the list and VMPLs"],
 )
 def test_features_when_the_event_is_there_have_bit_4(profile, features: int):

@@ -20,7 +20,7 @@ from kvmlaunch.launch.vmsa_mode import Settled, probe_vmsa_mode, settle_vmsa_mod
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.sim.profiles import KernelProfile, kernel_profile
 from kvmlaunch.snp.vcpu_state import VcpuState, get_vcpu_state, set_vcpu_state
-from kvmlaunch.uapi import PROPOSAL_VARIABLE, Call, Proposal, Recorder
+from kvmlaunch.uapi import PROPOSAL_VARIABLE, Call, Proposal, Recorder, lib
 from tests.cli.command import events, page_events
 from tests.host import require_simulated_cpu
 from tests.idblock import id_auth, id_block
@@ -141,6 +141,27 @@ def test_hello_when_it_runs_in_a_mode_says_the_same(guests: Path, mode: str) -> 
     assert run.text.startswith("hello from a kvmlaunch guest\n")
     others = {vcpu for vcpu, _ in run.exits} - {0}
     assert not others or mode == "sync"
+
+
+@pytest.mark.parametrize("mode", KERNEL)
+def test_aps_when_the_guest_starts_them_run_in_every_mode(guests: Path, mode: str) -> None:
+    """R8: by GHCB AP creation, from VMSAs of the guest's own."""
+    run = Run(
+        guests / "smp.elf", require_simulated_cpu(KERNEL[mode]), True, vcpus=4, vmsa_mode=mode
+    )
+    assert run.outcome.kind == "exit-port"
+    assert run.text.endswith("all 4 vCPUs are up\n")
+
+
+@pytest.mark.parametrize(
+    ("mode", "state"), [("page", "AP_RESET_HOLD"), ("direct", "UNINITIALIZED")]
+)
+def test_aps_when_launched_without_a_vmsa_wait(guests: Path, mode: str, state: str) -> None:
+    plan = load(guests / "smp.elf", vcpus=2, vmsa_mode=mode, memory=16 << 20)
+    with SimPlatform(KERNEL[mode]) as platform, Guest(plan, platform) as guest:
+        guest.launch()
+        states = [vcpu.get_mp_state() for vcpu in guest.vcpus]
+    assert states == [lib.KVM_MP_STATE_RUNNABLE, getattr(lib, f"KVM_MP_STATE_{state}")]
 
 
 @pytest.mark.parametrize("chosen", [0, 1])

@@ -227,6 +227,9 @@ def objects() -> Iterator[dict[str, Any]]:
             "PlanOptions": kvmlaunch.PlanOptions(),
             "SimPlatform": platform,
             "Trace": kvmlaunch.Trace(["exits"], print),
+            "Proposal": kvmlaunch.Proposal(),
+            "VmsaChoice": kvmlaunch.VmsaChoice(),
+            "VmsaMode": kvmlaunch.VmsaMode.SYNC,
             "RealPlatform": RealPlatform(),
             "Recorder": Recorder(platform, print),
             "Choice": open_platform("sim"),
@@ -245,7 +248,7 @@ NAMES = [
     *["Guest", "New", "Started", "Finished", "Kvm", "Vm", "Vcpu", "SevDevice", "GuestMemfd"],
     *["HostMemory", "LaunchPlan", "PageRange", "Piece", "MemoryRegion", "Vmsa", "PageRecord"],
     *["Measurement", "Predictor", "PlanOptions", "SimPlatform", "RealPlatform", "Recorder"],
-    *["Trace"],
+    *["Trace", "Proposal", "VmsaChoice", "VmsaMode"],
     *["Choice", "WitnessReport", "undecided WitnessReport", "Outcome", "Outcome without a vCPU"],
     *["empty plan", "one step", "KvmLaunchError"],
 ]

@@ -1,81 +1,27 @@
-"""Command line: kvmlaunch [-q] [-v] COMMAND …"""
+"""Command line: kvmlaunch [-q] [-v] COMMAND …
+
+Nothing is imported before it is needed: most of what a short command takes is its start.
+"""
 
 from __future__ import annotations
 
-import argparse
-import errno
 import sys
-from collections.abc import Sequence
 
-from kvmlaunch.cli import inspect, measure, run, selftest
-from kvmlaunch.cli.talk import FAILED, INTERRUPTED, SKIPPED, USAGE, Talk, drop, prepare_streams
-from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError, MissingCapability
-from kvmlaunch.version import __version__
+TYPE_CHECKING = False  # typing's, which takes longer to import than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["main"]
-
-_COMMANDS = (run, measure, inspect, selftest)
-
-_EPILOG = """\
-exit codes:
-  0    done (run: the guest ended well, or was launched on a host without a CPU)
-  1    failed
-  2    usage, or bad input
-  4    skipped: the host that was asked for lacks something
-  124  timeout
-  130  interrupted
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    prepare_streams()
-    args = _parser().parse_args(argv)
-    talk = Talk(quiet=args.quiet, verbose=args.verbose)
-    try:
-        code = int(args.command(args, talk))
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        drop(sys.stdout)  # its reader has gone: nothing more can be said to it
-        return FAILED
-    except FormatError as error:
-        talk.error(str(error))
-        return USAGE
-    except KvmLaunchError as error:
-        talk.error(str(error))
-        asked = getattr(args, "platform", "auto") == "kvm"
-        return SKIPPED if asked and _host_lacks(error) else FAILED
-    except KeyboardInterrupt:
-        talk.error("interrupted")
-        return INTERRUPTED
-    except OSError as error:
-        # Files are named by those who open them; what is left is the output.
-        talk.error(f"{error.filename or 'standard output'}: {error.strerror or error}")
-        if error.filename is None:
-            drop(sys.stdout)
-        return FAILED
+    words = sys.argv[1:] if argv is None else argv
+    if list(words) == ["--version"] and sys.stdout is not None:
+        from kvmlaunch.version import __version__
 
+        print(f"kvmlaunch {__version__}")
+        return 0
+    from kvmlaunch.cli.entry import run_command
 
-def _host_lacks(error: KvmLaunchError) -> bool:
-    """True if the host has no such device or capability (not: if it may not be used)."""
-    if isinstance(error, IoctlError):
-        missing = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
-        return error.ioctl.startswith("open ") and error.errno in missing
-    return isinstance(error, MissingCapability)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kvmlaunch",
-        description="Launch, measure, debug and test AMD SEV-SNP guests on Linux/KVM.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"kvmlaunch {__version__}")
-    parser.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more (on stderr)")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in _COMMANDS:
-        module.add_parser(commands)
-    return parser
+    return run_command(words)

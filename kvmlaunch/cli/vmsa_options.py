@@ -12,7 +12,6 @@ from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.cli.talk import Talk
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode, to_sync
-from kvmlaunch.launch.sync_fallback import describe_fallback
 
 if TYPE_CHECKING:
     from kvmlaunch.uapi import Proposal
@@ -79,6 +78,8 @@ def as_asked(plan: LaunchPlan, args: argparse.Namespace, talk: Talk) -> LaunchPl
     """The plan in mode sync where that was asked for, with what it changes said."""
     if args.vmsa_mode != "sync" or plan.vmsa_mode is VmsaMode.SYNC:
         return plan
+    from kvmlaunch.launch.sync_fallback import describe_fallback
+
     fallback = to_sync(plan)
     for line in describe_fallback(plan, fallback)[0]:
         talk.say(line)

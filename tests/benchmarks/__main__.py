@@ -18,7 +18,7 @@ from kvmlaunch.uapi import RealPlatform
 from tests.benchmarks.native import NoCompiler
 from tests.benchmarks.timing import table
 
-NAMES = ("first_exit", "one_ioctl", "measured_page", "softcpu", "simulated_run")
+NAMES = ("command_start", "first_exit", "one_ioctl", "measured_page", "softcpu", "simulated_run")
 
 
 def main(argv: list[str] | None = None) -> int:

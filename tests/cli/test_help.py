@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmlaunch.cli import _parser
+from kvmlaunch.cli.entry import _parser
 from kvmlaunch.version import __version__
 from tests.cli.command import Cli, spawn
 

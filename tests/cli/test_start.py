@@ -1,0 +1,57 @@
+"""What the start of a command imports: as little as it needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {
+    *("_cffi_backend", "cryptography", "elftools", "psutil", "unicorn"),
+    *("kvmlaunch.uapi", "kvmlaunch.kvm", "kvmlaunch.sim", "kvmlaunch.selftest", "kvmlaunch.snp"),
+}
+
+
+def imported(*args: object) -> set[str]:
+    """The modules that a command has imported by its end, beside those of a bare Python."""
+    words = [str(arg) for arg in args]
+    program = (
+        "import sys; before = set(sys.modules)\n"
+        "from kvmlaunch.cli import main\n"
+        "try:\n"
+        f"    code = main({words!r})\n"
+        "except SystemExit as end:\n"
+        "    code = end.code\n"
+        "print(code, *sorted(set(sys.modules) - before), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
+    code, *modules = done.stderr.splitlines()[-1].split()
+    assert code == "0"
+    return set(modules)
+
+
+def test_version_imports_nothing_but_the_version() -> None:
+    ours = {"kvmlaunch", "kvmlaunch.cli", "kvmlaunch.version"}
+    assert imported("--version") - {"__future__"} == ours
+
+
+def test_version_when_options_stand_beside_it_is_printed_all_the_same() -> None:
+    assert "argparse" in imported("-q", "--version")
+
+
+@pytest.mark.parametrize("command", ["measure", "inspect"])
+def test_command_that_needs_no_host_imports_no_host(halt: Path, command: str) -> None:
+    modules = imported(command, halt)
+    assert HEAVY & modules == set()
+    assert {"kvmlaunch.cli.run", "kvmlaunch.cli.selftest"} & modules == set()
+
+
+@pytest.mark.parametrize("command", ["run", "measure", "inspect", "selftest"])
+def test_help_of_a_command_imports_no_other(command: str) -> None:
+    others = {"run", "measure", "inspect", "selftest"} - {command}
+    modules = imported(command, "--help")
+    assert {f"kvmlaunch.cli.{name}" for name in others} & modules == set()

@@ -65,19 +65,12 @@ def _settle_vmsas(vm: Vm, command: Any) -> None:
             _state(first).bind(sev.launch_vmsa_gpa)
     if sev.direct_vmsa or sev.launch_vmsa_gpa is not None:
         for vcpu in vm.vcpus:
-            _leave_vmsa(vcpu)
+            bound = _state(vcpu).guest_vmsa_gpa is not None
+            vcpu.protected = bound or rules.finish_protects_all
         return
     if rules.finish_without_page_errno:
         refuse(rules.finish_without_page_errno)
     _encrypt_vmsas(vm, command)
-
-
-def _leave_vmsa(vcpu: Vcpu) -> None:
-    """The vCPU has the VMSA that it was bound to, or none."""
-    state = _state(vcpu)
-    state.has_guest_vmsa = True
-    bound = state.guest_vmsa_gpa is not None
-    vcpu.protected = bound or vcpu.vm.host.profile.vmsa.finish_protects_all
 
 
 def _state(vcpu: Vcpu) -> SevEsState:
@@ -94,6 +87,7 @@ def _encrypt_vmsas(vm: Vm, command: Any) -> None:
 def _encrypt_vmsa(vcpu: Vcpu, command: Any) -> None:
     vm, spa = vcpu.vm, vcpu.vmsa_spa
     host, sev = vm.host, vm.sev
+    assert spa is not None
     if vcpu.protected and host.profile.finish_refuses_encrypted_vmsa:
         refuse(errno.EINVAL)
     if vcpu.guest_debug or vcpu.state.dr7 & ~_DR7_FIXED:

@@ -66,7 +66,7 @@ def _check_vmsa_update(vm: Vm, update: Any) -> None:
     sev, rules = vm.sev, vm.host.profile.vmsa
     if rules.one_page_per_update and update.len != PAGE_SIZE:
         refuse(errno.EINVAL)
-    if rules.direct and rules.page_needs_capability and not sev.direct_vmsa:
+    if rules.page_needs_capability and not sev.direct_vmsa:
         refuse(errno.EINVAL)
     if sev.launch_vmsa_gpa is not None and rules.second_page_errno:
         refuse(rules.second_page_errno)

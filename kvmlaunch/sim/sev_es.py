@@ -126,14 +126,12 @@ class SevEsState:
             vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
 
     def bind(self, gpa: int | None) -> None:
-        """sev_snp_install_guest_vmsa(): start from the page at ``gpa``, None for no VMSA at all.
+        """sev_snp_install_guest_vmsa() before the launch ends: a page to start from, or none.
 
         Raises OSError where there is no such page; then nothing has changed.
         """
         if gpa is not None:
             self._vcpu.vm.memory.guest_page(gpa)
-        self._write_back()
-        self._vcpu.running.unload()
         self.has_guest_vmsa, self.guest_vmsa_gpa = True, gpa
 
     def set_vmpl(self, vmpl: int, gpa: int | None) -> None:
@@ -162,9 +160,8 @@ class SevEsState:
         vcpu = self._vcpu
         host = vcpu.vm.host
         if self.has_guest_vmsa:
-            # A guess: hardware might take a bound page before SNP_LAUNCH_FINISH.
-            launched = vcpu.protected or vcpu.vm.pre_fault_allowed
-            if self.guest_vmsa_gpa is None or not launched:
+            # A guess: hardware might take it before SNP_LAUNCH_FINISH, once it is measured.
+            if self.guest_vmsa_gpa is None or not vcpu.vm.pre_fault_allowed:
                 return None
             spa = vcpu.vm.memory.private_page(self.guest_vmsa_gpa)
         else:

@@ -51,8 +51,8 @@ class Vcpu:
         self.has_run = False
         self.protected = False
         own_vmsa = vm.is_snp_type and not vm.sev.direct_vmsa
-        self.vmsa_spa = host.memory.alloc() if own_vmsa else 0
-        """Of KVM's own VMSA page, 0 for none."""
+        self.vmsa_spa = host.memory.alloc() if own_vmsa else None
+        """Of KVM's own VMSA page."""
         runnable = bsp or not vm.irq.in_kernel
         self.mp_state = lib.KVM_MP_STATE_RUNNABLE if runnable else lib.KVM_MP_STATE_UNINITIALIZED
         self.sipi_pending = False
@@ -75,7 +75,7 @@ class Vcpu:
         host = self.vm.host
         RealPlatform().munmap(self.run_address, caps.VCPU_MMAP_SIZE)
         # A page that firmware won't give back is leaked, as in the kernel.
-        if self.vmsa_spa and not host.rmp.make_shared(self.vmsa_spa):
+        if self.vmsa_spa is not None and not host.rmp.make_shared(self.vmsa_spa):
             host.memory.free(self.vmsa_spa)
 
     def has_events(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim import KernelProfile, SimPlatform
 from kvmlaunch.softcpu import Budget, CpuOptions, Event, GuestMemory, Halt, InvalidState, VmgExit
 from kvmlaunch.uapi import ffi, lib
 from tests.sim.driver import PAGE, Guest
@@ -120,7 +120,7 @@ class Rig:
         self,
         script: Callable[[ScriptedCpu], Script],
         *,
-        profile: str = "6.12",
+        profile: str | KernelProfile = "6.12",
         vcpus: int = 1,
         ghcb_version: int = 0,
         hypercalls: bool = True,

@@ -112,8 +112,8 @@ def test_vcpu_when_direct_has_no_page_of_kvms_own(platform):
         guest = VmsaGuest(platform, direct=direct)
         return platform._host.fds.get(guest.vcpus[0]).vcpu.vmsa_spa
 
-    assert not page(True)
-    assert page(False)
+    assert page(True) is None
+    assert page(False) is not None
 
 
 # LAUNCH_UPDATE
@@ -402,6 +402,13 @@ def test_set_when_an_unknown_field_is_marked_is_einval_and_harmless(guest, bit):
 def test_set_when_vmsas_gpa_is_wrong_is_einval_and_harmless(guest, gpa):
     guest.add_ram(slot=1, gpa=LARGE_GPA)
     assert unchanged(guest, vmsa=gpa)
+
+
+def test_set_when_vmsa_is_beyond_the_vcpus_address_width_is_einval(guest):
+    """36 bits, as long as it has no CPUID; the host's memory goes on."""
+    guest.add_ram(slot=1, gpa=1 << 36)
+    assert guest.measure(1, gfn_start=(1 << 24) + 1) == (OK, MARK)
+    assert guest.set_state((1 << 36) + PAGE) == (EINVAL, MARK)
 
 
 def test_set_when_2_mib_aligned_vmsa_is_measured_is_einval_all_the_same(guest):

@@ -274,6 +274,35 @@ def test_bound_vcpu_before_finish_is_fail_entry():
     assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
 
 
+def test_bound_vcpu_when_firmware_refused_finish_is_fail_entry():
+    reasons = []
+
+    def prepare(guest):
+        measure(guest, 1, FIRST)
+        bind(guest, 1)
+        reasons.append(guest.finish()[1])
+        reasons.append(enter(guest))
+
+    rig = direct(prepare=prepare, faults=["SNP_LAUNCH_FINISH:fw=0xb"])
+    assert reasons == [0xB, FAIL_ENTRY]
+    assert (rig.enter(), rig.run.exit_reason) == (OK, lib.KVM_EXIT_HLT)
+
+
+def test_get_has_the_ghcb_msr_that_the_guest_wrote():
+    def script(cpu):
+        yield from register_ghcb(cpu)
+        cpu.ghcb = GHCB_GPA
+        yield Halt()
+
+    def prepare(guest):
+        measure(guest, 1, FIRST)
+        bind(guest, 1)
+
+    rig = direct(script, prepare)
+    rig.enter()
+    assert get_state(rig.guest) == (3, Guest.GPA + PAGE, GHCB_GPA)
+
+
 def test_two_vcpus_on_one_page_both_start_from_it():
     def prepare(guest):
         measure(guest, 1, FIRST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.sim.profiles import kernel_profile
 from kvmlaunch.softcpu import Halt, VmgExit
 from kvmlaunch.uapi import lib
 from tests.host import require_simulated_cpu
@@ -23,11 +24,14 @@ from .vmsa_pages import (
     extended,
     is_protected,
     vmsa_page,
+    with_rules,
 )
 
 KERNEL = "vmsa-page"
 LARGE_GPA = 0x200000
 AP_GPA = Guest.GPA + 3 * PAGE
+CREATE, DESTROY = 1, 2
+AP_VMSA = vmsa_page(o_178=0x333)
 FAIL_ENTRY = (OK, lib.KVM_EXIT_FAIL_ENTRY)
 
 
@@ -172,33 +176,47 @@ def test_ap_stays_uninitialised_and_is_fail_entry_when_it_is_forced(platform):
     assert guest.enter(1) == FAIL_ENTRY
 
 
-@pytest.mark.parametrize(("kind", "reason"), [(1, lib.KVM_EXIT_HLT), (2, None)])
-def test_ap_creation_gives_an_ap_its_vmsa_and_protects_it(kind, reason):
-    first, second = vmsa_page(), vmsa_page(o_178=0x333)
+def creating(kind, gpa, kernel=KERNEL):
+    """vCPU 0 makes this AP creation request for vCPU 1, which has halted or failed since."""
 
     def script(cpu):
         if cpu is not rig.machine.cpus[0]:
             yield Halt()
         yield from register_ghcb(cpu)
-        rig.request(0x80000013, 1 << 32 | kind, AP_GPA, rax=1)
+        rig.request(0x80000013, 1 << 32 | kind, gpa, rax=1)
         yield VmgExit(GHCB_GPA)
         assert rig.error == (0, 0)
 
     def prepare(guest):
-        guest.source.write(first, PAGE)
+        guest.source.write(vmsa_page(), PAGE)
         guest.ok(guest.update_pages(1, type=2)[0])
 
-    rig = Rig(script, profile=KERNEL, vcpus=2, prepare=prepare)
+    rig = Rig(script, profile=kernel, vcpus=2, prepare=prepare)
     memory = rig.platform._host.fds.get(rig.guest.vm).vm.memory
     spa = memory.private_page(AP_GPA)
     memory.rmp_update(AP_GPA, validated=True, vmsa=True)
-    rig.platform._host.memory.page(spa)[:] = second
+    rig.platform._host.memory.page(spa)[:] = AP_VMSA
     rig.enter(0)
     assert not is_protected(rig.guest, 1)
-    if reason is None:
-        rig.runs[1].immediate_exit = 1
+    rig.runs[1].immediate_exit = kind == DESTROY
     rig.enter(1)
-    assert is_protected(rig.guest, 1) == (reason is not None)
-    if reason is not None:
-        assert rig.runs[1].exit_reason == reason
-        assert rig.machine.cpus[1].vmsa == Vmsa.decode(second)
+    return rig
+
+
+@pytest.mark.parametrize("protects", [False, True])
+def test_ap_creation_gives_an_ap_its_vmsa_and_protects_it_by_rule(protects):
+    kernel = with_rules(kernel_profile(KERNEL), ap_create_protects=protects)
+    rig = creating(CREATE, AP_GPA, kernel)
+    assert rig.runs[1].exit_reason == lib.KVM_EXIT_HLT
+    assert rig.machine.cpus[1].vmsa == Vmsa.decode(AP_VMSA)
+    assert is_protected(rig.guest, 1) == protects
+
+
+def test_ap_creation_when_there_is_no_such_page_is_fail_entry_and_protects_nothing():
+    rig = creating(CREATE, 0x7_0000_1000)
+    assert rig.runs[1].exit_reason == lib.KVM_EXIT_FAIL_ENTRY
+    assert not is_protected(rig.guest, 1)
+
+
+def test_ap_that_is_destroyed_before_it_was_ever_created_is_not_protected():
+    assert not is_protected(creating(DESTROY, 0).guest, 1)

@@ -139,8 +139,10 @@ def test_enable_twice_has_the_kernels_errno(code):
 @pytest.mark.parametrize(("needed", "result"), [(False, OK), (True, EINVAL)])
 def test_get_without_the_capability_by_rule(needed, result):
     with direct(get_needs_capability=needed) as platform:
-        guest = VmsaGuest(platform, direct=False)
-        assert guest.sev(guest.vcpus[0], GET, struct("kvm_sev_snp_vcpu_state"))[0] == result
+        for enabled in (False, True):
+            guest = VmsaGuest(platform, direct=enabled)
+            got = guest.sev(guest.vcpus[0], GET, struct("kvm_sev_snp_vcpu_state"))[0]
+            assert got == (OK if enabled else result)
 
 
 @pytest.mark.parametrize("code", [errno.EFAULT, errno.EINVAL])

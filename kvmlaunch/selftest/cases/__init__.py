@@ -11,6 +11,17 @@ from kvmlaunch.selftest.cases import (  # isort: skip
     golden,
     vmsa_pages,
     vcpu_state,
+    requirements,
 )
 
-__all__ = ["command", "finish", "golden", "init2", "start", "update", "vcpu_state", "vmsa_pages"]
+__all__ = [
+    "command",
+    "finish",
+    "golden",
+    "init2",
+    "requirements",
+    "start",
+    "update",
+    "vcpu_state",
+    "vmsa_pages",
+]

@@ -151,8 +151,9 @@ class Case:
         )
 
     def note(self, text: str) -> None:
-        """A line for people, shown before the result."""
-        self.notes.append(text)
+        """A line for people, shown once before the result."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def skip(self, reason: str) -> None:
         """Raises Skip."""

@@ -79,6 +79,10 @@ DIFFERENCES: Mapping[str, tuple[Behaviour, ...]] = MappingProxyType(
             _taken("6.19 and later"),
             _policy_failure("6.19 and later, where firmware wants something else"),
         ),
+        "a command on a vCPU": (
+            _refused("6.11 to 6.15"),
+            Behaviour(errno.ENOTTY, "6.16 and later"),
+        ),
         "KVM_RUN without a VMSA": (_refused("expected of the proposals"),),
         "SET_VCPU_STATE in a slot without guest_memfd": (
             Behaviour(errno.EFAULT, "as kvm_gmem_get_pfn() says"),

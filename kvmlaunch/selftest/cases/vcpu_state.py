@@ -145,6 +145,19 @@ def s12(t: Case) -> None:
     vm.check_state(1, vmsa=GPA + PAGE_SIZE, ghcb=0)
 
 
+@case("vmsa.d0-mainline")
+def d0(t: Case) -> None:
+    """A kernel without proposal v2 has no commands for vCPUs, which kernels say differently"""
+    if t.host.vmsa_mode == "direct":
+        t.skip("this kernel has commands for vCPUs")
+    vm = VmsaVm.ready(t, vcpus=1)
+    t.taken(vm.start())
+    for command in (t.host.proposal.get_vcpu_state, t.host.proposal.set_vcpu_state):
+        what = f"command {command} on a vCPU"
+        answer = issue(vm.vcpus[0], what, command, 0, t.host.sev.fd)
+        t.one_of(answer, "a command on a vCPU")
+
+
 @case("vmsa.d1-other-commands")
 def d1(t: Case) -> None:
     """Commands of a VM, and those that there are not, are EINVAL on a vCPU"""

@@ -11,7 +11,7 @@ import pytest
 
 from kvmlaunch.errors import FirmwareError, FormatError, IoctlError, MissingCapability
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmsaChoice, VmsaMode, load_image
-from kvmlaunch.kvm.exits import SystemEventExit
+from kvmlaunch.kvm.exits import FailEntryExit, SystemEventExit
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.measure import measure
 from kvmlaunch.launch.pagelog import open_log
@@ -184,6 +184,14 @@ def test_vcpu_when_its_registers_were_set_by_ioctl_starts_from_the_page_alone() 
         exit_ = guest.vcpus[0].run()
     assert isinstance(exit_, SystemEventExit)
     assert exit_.data[0] >> 16 & 0xFF == 0x42
+
+
+@pytest.mark.parametrize("mode", ["page", "direct"])
+def test_vcpu_when_it_has_no_vmsa_can_not_be_run(mode: str) -> None:
+    """KVM refuses to enter it, as one whose VMSA the guest destroyed; `run` leaves it alone."""
+    with Guest(load(vcpus=2, vmsa_mode=mode), require_simulated_cpu(KERNEL[mode])) as guest:
+        guest.launch()
+        assert isinstance(guest.vcpus[1].run(), FailEntryExit)
 
 
 # Chosen by what the kernel does

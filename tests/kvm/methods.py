@@ -141,6 +141,9 @@ METHODS = (
     Method(Vcpu, "set_msrs", lambda w: w.vcpu.set_msrs({0x277: 0}), ("KVM_SET_MSRS",)),
     Method(Vcpu, "set_cpuid", lambda w: w.vcpu.set_cpuid([]), ("KVM_SET_CPUID2",)),
     Method(Vcpu, "get_mp_state", lambda w: w.vcpu.get_mp_state(), ("KVM_GET_MP_STATE",)),
+    Method(
+        Vcpu, "sev_command_raw", lambda w: w.vcpu.sev_command_raw(0), ("KVM_MEMORY_ENCRYPT_OP",)
+    ),
     Method(Vcpu, "set_mp_state", lambda w: w.vcpu.set_mp_state(0), ("KVM_SET_MP_STATE",)),
     Method(GuestMemfd, "allocate", lambda w: w.memfd.allocate(0, PAGE), ("fallocate",)),
     Method(GuestMemfd, "punch_hole", lambda w: w.memfd.punch_hole(0, PAGE), ("fallocate",)),

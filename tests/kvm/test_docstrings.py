@@ -15,6 +15,8 @@ from tests.kvm.methods import METHODS, Method, world
 # Descriptor's own take the ioctl's name as their argument.
 _CALLING = [m for m in METHODS if m.sees and m.name not in ("ioctl", "ioctl_raw")]
 _SILENT = [m for m in METHODS if not m.sees]
+# Mainline has no SEV command for a vCPU.
+_SUCCEEDING = [m for m in _CALLING if str(m) != "Vcpu.sev_command_raw"]
 _NAMED = re.compile(r"\b(?:KVM|SEV|SNP)_[A-Z0-9_]+\b(?!\*)|\bmmap\b|\bfallocate\b")
 
 
@@ -50,7 +52,7 @@ def test_docstring_when_method_issues_an_ioctl_names_it_first(method: Method) ->
     assert method.sees[0] in _NAMED.findall(_first_line(method))
 
 
-@pytest.mark.parametrize("method", _CALLING, ids=str)
+@pytest.mark.parametrize("method", _SUCCEEDING, ids=str)
 def test_call_when_recorded_has_succeeded(method: Method) -> None:
     """Else the tests above would look at half a method."""
     assert [call.errno for call in _calls(method)] == [0] * len(method.sees)

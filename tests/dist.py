@@ -22,7 +22,7 @@ NEEDED = (
     *("csrc/build_backend.py", "csrc/syscalls.c", "csrc/run.c", "csrc/softcpu_hooks.c"),
     *(f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("*.h"))),
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
-    "kvmlaunch/softcpu/_hooks.pyi",
+    *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
 )
 JUNK = re.compile(
     r"(^|/)(__pycache__|_generated_ext\.c|\.[a-z_]+_cache|\.tox|build|dist)(/|$)"

@@ -260,6 +260,7 @@ class Guest:
             id_auth=self.plan.id_auth,
             auth_key=self.plan.author_key_enabled,
             digest=predictor.digest,
+            kvm_vmsas=self.plan.vmsa_mode is VmsaMode.SYNC,
         )
         self._predictor = predictor
         self.records += records

@@ -105,9 +105,18 @@ def explain_update(err: int, fw_error: int, page_type: int, what: str) -> str:
     return where + (fwstatus.advice(fw_error) if fw_error else "")
 
 
-def explain_finish(err: int, fw_error: int, digest: bytes | None, id_block: bytes | None) -> str:
-    """Why SNP_LAUNCH_FINISH gave ``err``. The VM is spent in every case."""
+def explain_finish(
+    err: int,
+    fw_error: int,
+    digest: bytes | None,
+    id_block: bytes | None,
+    *,
+    kvm_vmsas: bool,
+) -> str:
+    """Why SNP_LAUNCH_FINISH gave ``err``. Where KVM makes the VMSAs, the VM is spent."""
     spent = "This VM can't be used any more: its VMSAs are encrypted. Launch anew."
+    if not kvm_vmsas:
+        spent = "The launch isn't over: SNP_LAUNCH_FINISH may be tried again."
     if fw_error == FwStatus.BAD_MEASUREMENT and id_block is not None:
         predicted = f"; predicted for this launch: {digest.hex()}" if digest else ""
         return (

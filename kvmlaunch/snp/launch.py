@@ -224,11 +224,13 @@ class Started(_State):
         auth_key: bool = False,
         vcek_disabled: bool = False,
         digest: bytes | None = None,
+        kvm_vmsas: bool = True,
     ) -> Finished:
         """Measure the vCPUs' VMSAs and close the launch (KVM_SEV_SNP_LAUNCH_FINISH).
 
-        ``digest`` is the predicted launch digest, for the error text. The VM is
-        spent when this fails with vCPUs. Raises FormatError for a part of the wrong size.
+        ``digest`` is the predicted launch digest, and ``kvm_vmsas`` whether KVM makes the VMSAs,
+        for the error text: then the VM is spent when this fails with vCPUs. Raises FormatError
+        for a part of the wrong size.
         """
         self._enter("finish")
         _check_size("host data", host_data, _HOST_DATA_SIZE)
@@ -254,7 +256,9 @@ class Started(_State):
                 "KVM_SEV_SNP_LAUNCH_FINISH",
                 result,
                 {},
-                causes.explain_finish(result.errno, result.fw_error, digest, id_block),
+                causes.explain_finish(
+                    result.errno, result.fw_error, digest, id_block, kvm_vmsas=kvm_vmsas
+                ),
             )
         self._next = Finished.name
         return Finished(self.vm, self.sev)

@@ -106,7 +106,7 @@ _EXPLAINED = {
     errno.EINVAL: "The kernel doesn't know the command (or has another number for it: "
     "--proposal-cap), KVM_CAP_SNP_DIRECT_VMSA isn't enabled, the launch isn't between "
     "SNP_LAUNCH_START and SNP_LAUNCH_FINISH, or the VMSA's GPA isn't aligned to 4 KiB, is aligned "
-    "to 2 MiB, or has no memory slot.",
+    "to 2 MiB, has no memory slot, or more bits than the CPUID of the vCPU allows.",
     errno.ENOTTY: "This vCPU belongs to no SNP guest, or the kernel has no commands for vCPUs.",
     errno.EFAULT: "The memory slot at the VMSA's GPA has no guest_memfd.",
 }

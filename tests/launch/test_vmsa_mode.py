@@ -9,8 +9,22 @@ from typing import Any
 
 import pytest
 
-from kvmlaunch.errors import FirmwareError, FormatError, IoctlError, MissingCapability
-from kvmlaunch.images import LaunchPlan, PlanOptions, VmsaChoice, VmsaMode, load_image
+from kvmlaunch.errors import (
+    FirmwareError,
+    FormatError,
+    IoctlError,
+    KvmLaunchError,
+    MissingCapability,
+)
+from kvmlaunch.images import (
+    LaunchPlan,
+    MemoryRegion,
+    PlanOptions,
+    VmsaChoice,
+    VmsaMode,
+    load_image,
+)
+from kvmlaunch.images.vmsas import supply_vmsas
 from kvmlaunch.kvm.exits import FailEntryExit, SystemEventExit
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.measure import measure
@@ -20,7 +34,7 @@ from kvmlaunch.launch.vmsa_mode import Settled, probe_vmsa_mode, settle_vmsa_mod
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.sim.profiles import KernelProfile, kernel_profile
 from kvmlaunch.snp.vcpu_state import VcpuState, get_vcpu_state, set_vcpu_state
-from kvmlaunch.uapi import PROPOSAL_VARIABLE, Call, Proposal, Recorder, lib
+from kvmlaunch.uapi import PROPOSAL_VARIABLE, Call, Proposal, Recorder, Result, ffi, lib
 from tests.cli.command import events, page_events
 from tests.host import require_simulated_cpu
 from tests.idblock import id_auth, id_block
@@ -31,7 +45,9 @@ HALT = b"\xf4"
 # asks the host for termination with BL as the code (GHCB MSR protocol). 16-bit code.
 REPORT_BL = bytes.fromhex("66b9300101c0 660fb6c3 66c1e010 b80001 6631d2 0f30 f30f01d9 f4")
 KERNEL = {"sync": "7.0", "page": "vmsa-page", "direct": "direct-vmsa"}
-OTHER_NUMBERS = Proposal(direct_vmsa=251, vcpu_state=250, get_vcpu_state=110, set_vcpu_state=111)
+OTHER_NUMBERS = Proposal(
+    direct_vmsa=251, vcpu_state=250, get_vcpu_state=110, set_vcpu_state=111, page_type_vmsa=9
+)
 
 
 def load(image: bytes | Path = HALT, *vmsas: VmsaChoice, **options: Any) -> LaunchPlan:
@@ -227,8 +243,15 @@ def test_probe_when_the_numbers_are_others_needs_them() -> None:
         assert probe_vmsa_mode(platform, OTHER_NUMBERS).mode is VmsaMode.DIRECT
 
 
+def test_probe_when_only_the_command_is_numbered_otherwise_says_so() -> None:
+    with SimPlatform("direct-vmsa") as platform:
+        offer = probe_vmsa_mode(platform, Proposal(get_vcpu_state=99))
+    assert offer.mode is VmsaMode.SYNC
+    assert offer.why.startswith("KVM_SEV_SNP_GET_VCPU_STATE (99) doesn't work, and KVM measures ")
+
+
 def test_numbers_when_the_environment_has_them_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers = "KVM_CAP_SNP_DIRECT_VMSA=251,GET_VCPU_STATE=110,set_vcpu_state=0x6f"
+    numbers = "KVM_CAP_SNP_DIRECT_VMSA=251,GET_VCPU_STATE=110,set_vcpu_state=0x6f,PAGE_TYPE_VMSA=9"
     monkeypatch.setenv(PROPOSAL_VARIABLE, numbers)
     with SimPlatform(other_kernel()) as platform:
         assert probe_vmsa_mode(platform).mode is VmsaMode.DIRECT
@@ -325,6 +348,18 @@ def test_fallback_when_allowed_launches_what_it_said() -> None:
         assert guest.digest == measure(settled.plan).digest
 
 
+def test_fallback_when_the_vmsa_is_where_kvm_puts_its_own_changes_nothing() -> None:
+    """At 0xfffffffff000, last, for the only vCPU: QEMU's condition for IGVM files."""
+    own = MemoryRegion(0xFFFFFFFFF000, 0x1000, "vmsa")
+    plain = load()
+    plan = supply_vmsas(
+        replace(plain, memory=(*plain.memory, own)), VmsaMode.DIRECT, [VmsaChoice(gpa=own.gpa)]
+    )
+    assert measure(plan) == measure(plain)
+    settled = settle(plan, "7.0")
+    assert (settled.plan.vmsa_mode, settled.changes) == (VmsaMode.SYNC, ())
+
+
 def test_fallback_when_page_mode_can_not_take_the_vmsas_says_why() -> None:
     with pytest.raises(MissingCapability, match="but VMSA mode page takes one VMSA"):
         settle(load(HALT, bl(1), bl(2, vcpu=1), vcpus=2), "vmsa-page")
@@ -372,6 +407,58 @@ def test_set_vcpu_state_when_refused_names_the_rules_and_the_arguments() -> None
         "valid_fields=0x1 vmsa_gpa=0x200000 ghcb_gpa=0x0"
     )
     assert "is aligned to 2 MiB" in second
+
+
+class Deaf:
+    """A kernel that takes SET_VCPU_STATE and does nothing."""
+
+    def __init__(self, platform: SimPlatform) -> None:
+        self._platform = platform
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._platform, name)
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
+        if request == lib.KVM_MEMORY_ENCRYPT_OP and arg:
+            command = ffi.cast("struct kvm_sev_cmd *", arg)
+            if command.id == lib.KVM_SEV_SNP_SET_VCPU_STATE:
+                return Result(0, 0)
+        return self._platform.ioctl(fd, request, arg)
+
+
+def test_launch_when_the_kernel_binds_something_else_is_an_error() -> None:
+    with (
+        SimPlatform("direct-vmsa") as platform,
+        Guest(load(vmsa_mode="direct"), Deaf(platform)) as guest,
+        pytest.raises(KvmLaunchError) as caught,
+    ):
+        guest.launch()
+    assert re.fullmatch(
+        r"vCPU 0 was given VMSA GPA 0x2000 and GHCB GPA (0x[0-9a-f]+), "
+        r"but KVM says that it has VMSA none and GHCB GPA \1",
+        str(caught.value),
+    )
+
+
+def test_set_vcpu_state_when_nothing_is_given_takes_both_away() -> None:
+    with SimPlatform("direct-vmsa") as platform, Guest(load(vmsa_mode="direct"), platform) as guest:
+        guest.start()
+        list(guest.update())
+        set_vcpu_state(guest.vcpus[0], VcpuState(0x2000, 0x3000), Proposal())
+        set_vcpu_state(guest.vcpus[0], VcpuState(), Proposal())
+        assert get_vcpu_state(guest.vcpus[0], Proposal()) == VcpuState(None, None)
+
+
+def test_finish_when_refused_with_vmsas_of_user_space_can_be_tried_again() -> None:
+    block = id_block(bytes(48))
+    plan = load(vmsa_mode="direct", **signed(block))
+    with SimPlatform("direct-vmsa") as platform, Guest(plan, platform) as guest:
+        with pytest.raises(FirmwareError, match="Bad measurement") as caught:
+            guest.launch()
+        assert "This VM can't be used any more" not in str(caught.value)
+        guest.plan = load(vmsa_mode="direct")
+        guest.finish()
+        assert guest.witness().agrees is True
 
 
 # Log

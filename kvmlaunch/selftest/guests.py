@@ -18,13 +18,14 @@ from kvmlaunch.selftest import payloads
 from kvmlaunch.selftest.case import Case, Failure
 from kvmlaunch.uapi import lib
 
-__all__ = ["VMSA_GPA", "c_bit", "launch", "payload_plan", "report", "run_alone"]
+__all__ = ["TIMEOUT", "VMSA_GPA", "c_bit", "launch", "payload_plan", "report", "run_alone"]
 
 VMSA_GPA = payloads.BASE + 0x10000
 """Where the VMSA of the first vCPU is."""
 
 _SIZE = 0x20000
-_SECONDS = 30.0
+TIMEOUT = 30.0
+"""Seconds that a guest may take."""
 _TRIES = 100
 
 
@@ -76,7 +77,7 @@ def launch(
 
 def report(t: Case, guest: Guest) -> tuple[int | None, int]:
     """Run it to its end: the vCPU that asked for it, and the word that it told."""
-    outcome = run_guest(guest, console=lambda text: None, timeout=_SECONDS)
+    outcome = run_guest(guest, console=lambda text: None, timeout=TIMEOUT)
     if outcome.kind == "no-cpu":
         t.skip(outcome.detail)
     t.expect(_is_report(outcome.exit), f"the guest's end: expected its report, got {outcome}")

@@ -101,6 +101,8 @@ def _verdict(spec: Spec, running: Case) -> tuple[Verdict, str]:
         return Verdict.SKIP, str(reason)
     except KvmLaunchError as error:
         return Verdict.ERROR, str(error).splitlines()[0]
+    except Exception as error:  # the run goes on: the other cases have VMs of their own
+        return Verdict.ERROR, f"{type(error).__name__}: {error}"
     if not running.checks:
         return Verdict.ERROR, "checked nothing"
     return Verdict.PASS, ""

@@ -212,7 +212,8 @@ class LaunchVm:
             got = measured[seq] if seq < len(measured) else None
             expected = self.pages[seq] if seq < len(self.pages) else None
             self._case.equal(f"page {seq} as measured", _page(got), _page(expected))
-        self._case.equal("number of measured pages", len(measured), len(self.pages))
+        if measured:
+            self._case.equal("launch digest", measured[-1].digest, self.digest)
 
     def confirm(self) -> None:
         """FINISH under an ID block with the predicted digest: firmware confirms it."""

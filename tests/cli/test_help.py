@@ -30,6 +30,9 @@ OPTIONS = {
         *("--vm-type", "--platform", "--sim", "--timeout", "--ioctls"),
         *("--proposal-cap", "--allow-digest-change"),
     ],
+    "selftest": [
+        *("--list", "--filter", "--json", "--platform", "--sim", "--proposal-cap", "--risky"),
+    ],
 }
 EXIT_CODES = {"0", "1", "2", "4", "124", "130"}
 

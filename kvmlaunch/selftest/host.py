@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 
-from kvmlaunch.kvm import Kvm, SevDevice
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.abi.policy import DEFAULT_POLICY
+from kvmlaunch.errors import IoctlError
+from kvmlaunch.kvm import HostMemory, Kvm, SevDevice
 from kvmlaunch.kvm.system import CpuidLeaf
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
 from kvmlaunch.launch.vmsa_mode import Offer, probe_vmsa_mode
+from kvmlaunch.snp import CpuidRejected, New
 from kvmlaunch.uapi import MeasuredPage, Platform, Proposal, lib
 
 __all__ = ["Host"]
@@ -61,8 +65,23 @@ class Host:
 
     @cached_property
     def cpuid_page(self) -> bytes:
-        """A CPUID page of what KVM supports; real firmware may correct it."""
-        return snp_cpuid_page(self.cpuid)
+        """A CPUID page of what KVM supports, as this host's firmware corrects it."""
+        page = snp_cpuid_page(self.cpuid)
+        with ExitStack() as stack:
+            vm = stack.enter_context(self.kvm.create_vm(lib.KVM_X86_SNP_VM))
+            memory = stack.enter_context(HostMemory(self.platform, PAGE_SIZE))
+            memfd = stack.enter_context(vm.create_guest_memfd(PAGE_SIZE))
+            vm.set_user_memory_region2(0, 0, PAGE_SIZE, memory.address, memfd=memfd)
+            vm.set_memory_attributes(0, PAGE_SIZE, private=True)
+            memory.view[:] = page
+            started = New.init(vm, self.sev).start(DEFAULT_POLICY)
+            try:
+                started.update(0, PageType.CPUID, memory.address, PAGE_SIZE)
+            except CpuidRejected as error:
+                return error.corrected
+            except IoctlError:
+                pass  # the cases will say so
+        return page
 
     def measured(self, vm_fd: int) -> Sequence[MeasuredPage] | None:
         """What the firmware measured; None where it can't be asked."""

@@ -22,7 +22,7 @@ def test_selftest_when_run_on_the_simulated_host_names_it_and_is_0(cli: Cli) -> 
     assert lines[1] == f"1..{sum(line.startswith('ok ') for line in lines)}"
     assert "# platform: sim (7.0)" in lines
     assert lines[4] == "ok 1 init2.taken"
-    assert lines[-1].startswith("# Totals: pass:10 fail:0 ")
+    assert lines[-1].startswith("# Totals: pass:11 fail:0 ")
     assert (done.code, done.err) == (0, "platform sim (7.0): a simulated host, as asked\n")
 
 

@@ -234,4 +234,11 @@ MUTANTS = (
         "run.exit_reason = lib.KVM_EXIT_SHUTDOWN",
         "vcpu.run-before-finish",
     ),
+    Mutant(
+        "FINISH's padding doesn't count",
+        "launch_finish",
+        "    if finish.flags:",
+        "    if finish.flags or any(finish.pad1):",
+        "finish.padding",
+    ),
 )

@@ -139,6 +139,13 @@ MUTANTS = (
         "init2.ghcb-version-1",
     ),
     Mutant(
+        "INIT2's padding doesn't count",
+        "sev",
+        "or init.flags or init.vmsa",
+        "or init.flags or init.pad1 or init.vmsa",
+        "init2.padding",
+    ),
+    Mutant(
         "START needs INIT2",
         "sev",
         "if not sev.is_snp:\n        refuse(errno.ENOTTY)\n    start",
@@ -228,5 +235,12 @@ MUTANTS = (
         "    return not policy & _POLICY_SINGLE_SOCKET or profile.policy_single_socket_allowed",
         "    if policy & _POLICY_SINGLE_SOCKET:\n        refuse(errno.EPERM)\n    return True",
         "start.policy-single-socket",
+    ),
+    Mutant(
+        "START's padding doesn't count",
+        "sev",
+        "if start.flags or not",
+        "if start.flags or any(start.pad1) or not",
+        "start.padding",
     ),
 )

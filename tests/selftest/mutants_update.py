@@ -265,4 +265,11 @@ MUTANTS = (
         "            pass\n        last",
         "update.punched",
     ),
+    Mutant(
+        "UPDATE's padding doesn't count",
+        "launch_update",
+        "or update.flags or",
+        "or update.flags or update.pad1 or",
+        "update.padding",
+    ),
 )

@@ -297,8 +297,8 @@ MUTANTS = (
     Mutant(
         "R6: FINISH binds nothing",
         "launch_finish",
-        "    state.has_guest_vmsa = True\n",
-        "    state.bind(0x101000)\n    state.has_guest_vmsa = True\n",
+        "            bound = _state(vcpu).guest_vmsa_gpa is not None\n",
+        "            _state(vcpu).bind(0x101000)\n            bound = True\n",
         "r6.* r7.* r8.* r13.* r14.*",
         profile="direct-vmsa",
     ),
@@ -321,11 +321,11 @@ MUTANTS = (
     Mutant(
         "R14: KVM leaves the VMSA alone",
         "launch_finish",
-        "    bound = state.guest_vmsa_gpa is not None\n",
-        "    bound = state.guest_vmsa_gpa is not None\n"
-        "    if bound:\n"
-        "        spa = vcpu.vm.memory.private_page(state.guest_vmsa_gpa)\n"
-        "        vcpu.vm.host.memory.page(spa)[0x318:0x320] = bytes(8)\n",
+        "            bound = _state(vcpu).guest_vmsa_gpa is not None\n",
+        "            bound = _state(vcpu).guest_vmsa_gpa is not None\n"
+        "            if bound:\n"
+        "                spa = vm.memory.private_page(_state(vcpu).guest_vmsa_gpa)\n"
+        "                vm.host.memory.page(spa)[0x318:0x320] = bytes(8)\n",
         "r6.* r7.* r14.*",
         profile="direct-vmsa",
     ),

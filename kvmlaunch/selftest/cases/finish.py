@@ -145,6 +145,12 @@ def host_data(t: Case) -> None:
     t.taken(LaunchVm.started(t, pages=0).finish(host_data=bytes(range(32)), vcek_disabled=1))
 
 
+@case("finish.padding")
+def padding(t: Case) -> None:
+    """What is reserved in the struct isn't looked at"""
+    t.taken(LaunchVm.started(t, pages=0).finish(pad0=[1] * 3, pad1=[1] * 4))
+
+
 @case("finish.creation-order")
 def creation_order(t: Case) -> None:
     """VMSAs are measured in the order in which vCPUs were created, not by their ids"""

@@ -86,3 +86,9 @@ def ghcb_version(t: Case) -> None:
 def ghcb_version_1(t: Case) -> None:
     """GHCB version 1, which kernels differ on"""
     t.one_of(LaunchVm(t).init2(ghcb_version=1), "INIT2 with ghcb_version 1")
+
+
+@case("init2.padding")
+def padding(t: Case) -> None:
+    """What is reserved in the struct isn't looked at"""
+    t.taken(LaunchVm(t).init2(pad1=1, pad2=[1] * 8))

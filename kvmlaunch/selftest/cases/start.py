@@ -138,3 +138,9 @@ def sev_fd(t: Case) -> None:
     t.refused(vm.start(sev_fd=_NO_FD), "ENOTTY")
     t.refused(vm.start(sev_fd=t.host.kvm.fd), "ENOTTY")
     t.taken(vm.start())
+
+
+@case("start.padding")
+def padding(t: Case) -> None:
+    """What is reserved in the struct isn't looked at"""
+    t.taken(LaunchVm.ready(t, pages=0).start(pad0=[1] * 6, pad1=[1] * 4))

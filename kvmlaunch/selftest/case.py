@@ -121,10 +121,9 @@ class Case:
             self.expect(answer.fw_error == fw, f"{answer.what}: expected {expected}, got {answer}")
 
     def errno(self, answer: Answer, name: str) -> None:
-        """The call gave this errno ("" = success), whatever the firmware word is."""
-        expected = f"errno {name}" if name else "success"
-        right = answer.errno == (getattr(errno, name) if name else 0)
-        self.expect(right, f"{answer.what}: expected {expected}, got {answer}")
+        """The call gave this errno, whatever the firmware word is."""
+        right = answer.errno == getattr(errno, name)
+        self.expect(right, f"{answer.what}: expected errno {name}, got {answer}")
 
     def needs(self, *modes: str) -> None:
         """Raises Skip unless the host takes VMSAs from user space in one of these modes."""

@@ -21,7 +21,7 @@ from kvmlaunch.selftest.case import Case, Unprepared
 from kvmlaunch.selftest.idblock import id_auth, id_block
 from kvmlaunch.uapi import MeasuredPage, address_of, ffi, lib, peek
 
-__all__ = ["GPA", "UNMAPPED", "LaunchVm", "described", "read_only"]
+__all__ = ["GPA", "UNMAPPED", "LaunchVm", "described", "must", "read_only"]
 
 GPA = 0x100000
 """Where the memory of a `LaunchVm` begins; not at its start, so that GPA and offset differ."""
@@ -36,8 +36,8 @@ class LaunchVm:
     """One VM of a running case, closed with it. Commands return an Answer and raise nothing.
 
     Attributes: ``vm``, ``vcpus``, ``memfd`` (of slot 0), ``source`` (a page of host memory for
-    each page of slot 0, filled with its number) and ``pages`` (what has been measured, as
-    predicted).
+    each page of slot 0, filled with its number from 1 up) and ``pages`` (what has been measured,
+    as predicted).
     """
 
     def __init__(self, case: Case, *, vm_type: int = lib.KVM_X86_SNP_VM) -> None:
@@ -60,7 +60,7 @@ class LaunchVm:
     ) -> _Self:
         """An initialised SNP VM with ``pages`` private pages at GPA, and vCPUs."""
         vm = cls(case)
-        _must(vm.init2(vmsa_features=features))
+        must(vm.init2(vmsa_features=features))
         if pages:
             vm.add_memory(pages)
         for vcpu in range(vcpus):
@@ -73,20 +73,18 @@ class LaunchVm:
     ) -> _Self:
         """The same after SNP_LAUNCH_START."""
         vm = cls.ready(case, pages=pages, vcpus=vcpus, features=features)
-        _must(vm.start())
+        must(vm.start())
         return vm
 
-    def add_memory(self, pages: int, gpa: int = GPA, *, private: bool = True) -> None:
-        """A slot with a guest_memfd, with the private attribute set or not."""
+    def add_memory(self, pages: int, gpa: int = GPA) -> None:
+        """A slot with a guest_memfd, all private."""
         size = pages * PAGE_SIZE
         memory = self._enter(HostMemory(self.host.platform, size))
         memfd = self._enter(self.vm.create_guest_memfd(size))
         self.vm.set_user_memory_region2(self._slots, gpa, size, memory.address, memfd=memfd)
-        if private:
-            self.vm.set_memory_attributes(gpa, size, private=True)
+        self.vm.set_memory_attributes(gpa, size, private=True)
         if not self._slots:
             self.memfd = memfd
-            self.memory = memory
             self.source = self._enter(HostMemory(self.host.platform, size))
             view = self.source.view
             for page in range(pages):
@@ -257,7 +255,8 @@ def read_only(case: Case, data: bytes) -> int:
     return address_of(case.stack.enter_context(ffi.from_buffer(page)))
 
 
-def _must(answer: Answer) -> None:
+def must(answer: Answer) -> None:
+    """A step before what is checked. Raises Unprepared if it failed."""
     if not answer.ok:
         raise Unprepared(f"{answer.what}: {answer}, which should have led to what is checked")
 

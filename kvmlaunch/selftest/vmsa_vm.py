@@ -9,7 +9,7 @@ from kvmlaunch.abi.segment import Segment
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.selftest.answer import Answer, issue
 from kvmlaunch.selftest.case import Case
-from kvmlaunch.selftest.vm import GPA, LaunchVm, described
+from kvmlaunch.selftest.vm import GPA, LaunchVm, described, must
 from kvmlaunch.uapi import address_of, ffi, lib
 
 __all__ = ["VmsaVm", "a_vmsa"]
@@ -54,10 +54,10 @@ class VmsaVm(LaunchVm):
         case.needs("page", "direct")
         vm = cls.ready(case, pages=pages)
         if case.host.vmsa_mode == "direct":
-            case.errno(vm.enable(), "")
+            must(vm.enable())
         for vcpu in range(vcpus):
             vm.add_vcpu(vcpu)
-        case.taken(vm.start())
+        must(vm.start())
         return vm
 
     @classmethod
@@ -65,11 +65,11 @@ class VmsaVm(LaunchVm):
         """A VM of proposal v2 with the capability. Raises Skip where the host hasn't."""
         case.needs("direct")
         vm = cls.ready(case, pages=pages)
-        case.errno(vm.enable(), "")
+        must(vm.enable())
         for vcpu in range(vcpus):
             vm.add_vcpu(vcpu)
         if start:
-            case.taken(vm.start())
+            must(vm.start())
         return vm
 
     @property
@@ -114,7 +114,7 @@ class VmsaVm(LaunchVm):
     def check_vmsa(self, vcpu: int, gpa: int | None) -> Any:
         """GET tells this GPA of a VMSA, None for no VMSA; the whole state."""
         answer = self.get_state(vcpu)
-        self._case.errno(answer, "")
+        self._case.taken(answer)
         state = answer.data
         got = int(state.vmsa_gpa) if state.valid_fields & _VMSA_VALID else None
         self._case.equal("GPA of the VMSA by GET_VCPU_STATE", got, gpa)

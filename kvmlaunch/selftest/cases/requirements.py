@@ -32,7 +32,7 @@ def _launched(t: Case, *, vcpus: int = 1, vmsa_page: int = 1) -> VmsaVm:
     t.taken(vm.update())
     t.taken(vm.update_vmsa(vmsa_page))
     if t.host.vmsa_mode == "direct":
-        t.errno(vm.bind(vmsa_page), "")
+        t.taken(vm.bind(vmsa_page))
     return vm
 
 
@@ -102,7 +102,7 @@ def r5(t: Case) -> None:
 def r6(t: Case) -> None:
     """A VMSA page that no vCPU is bound to is measured, and doesn't run"""
     vm = _two_vmsas(t)
-    t.errno(vm.bind(2), "")
+    t.taken(vm.bind(2))
     vm.confirm()
     _expect_report(t, vm, 0x22)
 
@@ -112,8 +112,8 @@ def r7(t: Case) -> None:
     """The last SET counts: GET tells it, and the vCPU starts there"""
     for first, last, code in ((1, 2, 0x22), (2, 1, 0x11)):
         vm = _two_vmsas(t)
-        t.errno(vm.bind(first), "")
-        t.errno(vm.bind(last), "")
+        t.taken(vm.bind(first))
+        t.taken(vm.bind(last))
         vm.check_vmsa(0, GPA + last * PAGE_SIZE)
         t.taken(vm.finish())
         _expect_report(t, vm, code)
@@ -208,7 +208,7 @@ def r15_bad(t: Case) -> None:
     """A VMSA that VMRUN can't take shows at KVM_RUN: KVM_EXIT_FAIL_ENTRY"""
     vm = VmsaVm.direct(t)
     t.taken(vm.update_vmsa(0, a_vmsa(efer=0)))
-    t.errno(vm.bind(0), "")
+    t.taken(vm.bind(0))
     t.taken(vm.finish())
     exit_ = run_alone(t, vm.vcpus[0])
     failed = isinstance(exit_, FailEntryExit)

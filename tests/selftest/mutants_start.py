@@ -34,8 +34,8 @@ MUTANTS = (
         "command.unwritable start.policy-abi update.*.twice update.*.shared update.*.partial "
         "update.*.sev-fd update.*.source-unreadable update.*.after-finish "
         "update.cpuid.refused update.cpuid.corrected update.unwritable update.memfd-closed "
-        "finish.twice id-block.digest id-block.policy id-block.signature id-block.algorithm "
-        "id-block.author-key r1.sync-control",
+        "update.assigned-after-finish finish.twice id-block.digest id-block.policy "
+        "id-block.signature id-block.algorithm id-block.author-key r1.sync-control",
     ),
     Mutant(
         "a struct that can't be read is EFAULT",

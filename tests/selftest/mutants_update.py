@@ -148,8 +148,8 @@ MUTANTS = (
         "                self._command.error = failure.status\n"
         "                refuse(errno.EFAULT)",
         "update.*.partial update.*.sev-fd update.*.shared update.*.source-unreadable "
-        "update.*.twice update.memfd-closed update.unwritable update.*.after-finish "
-        "update.cpuid.corrected update.cpuid.refused",
+        "update.*.twice update.memfd-closed update.assigned-after-finish update.unwritable "
+        "update.*.after-finish update.cpuid.corrected update.cpuid.refused",
     ),
     Mutant(
         "UPDATE tells the firmware code",
@@ -164,7 +164,7 @@ MUTANTS = (
         "                self._command.error = failure.status\n",
         "                self._command.error = failure.status or self._command.error\n",
         "update.*.partial update.*.sev-fd update.*.shared update.*.source-unreadable "
-        "update.*.twice update.memfd-closed update.unwritable",
+        "update.*.twice update.memfd-closed update.assigned-after-finish update.unwritable",
     ),
     Mutant(
         "some pages done are success",
@@ -193,7 +193,7 @@ MUTANTS = (
         "            raise _PageFailed\n"
         "        if not self._vm.attributes.is_private(gfn) or host.rmp.lookup(spa).assigned:",
         "            pass\n        if not self._vm.attributes.is_private(gfn):",
-        "update.*.twice update.unwritable",
+        "update.*.twice update.assigned-after-finish update.unwritable",
     ),
     Mutant(
         "UPDATE needs a readable source",

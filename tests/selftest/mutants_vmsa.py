@@ -50,8 +50,9 @@ MUTANTS = (
         "enable_cap",
         "    sev.direct_vmsa = True\n",
         "    pass\n",
-        "vmsa.c6-* vmsa.d2-* vmsa.run-unbound vmsa.s0-* vmsa.s7-* vmsa.s9-* vmsa.s11-* "
-        "vmsa.s12-* r1.any-* r4.* r5.* r6.* r7.* r8.* r12.* r13.* r14.* r15.bad-values",
+        "vmsa.c6-* vmsa.d2-* vmsa.registers-after-finish vmsa.run-unbound vmsa.s0-* "
+        "vmsa.s7-* vmsa.s9-* vmsa.s11-* vmsa.s12-* r1.any-* r4.* r5.* r6.* r7.* r8.* r12.* "
+        "r13.* r14.* r15.bad-values",
         profile="direct-vmsa",
     ),
     Mutant(
@@ -290,8 +291,8 @@ MUTANTS = (
         "launch_finish",
         "    if sev.direct_vmsa or sev",
         "    if sev",
-        "vmsa.c6-* vmsa.run-unbound vmsa.s9-* r1.any-* r4.* r5.* r6.* r7.* r8.* r12.* r13.* "
-        "r14.* r15.bad-values",
+        "vmsa.c6-* vmsa.registers-after-finish vmsa.run-unbound vmsa.s9-* r1.any-* r4.* r5.* "
+        "r6.* r7.* r8.* r12.* r13.* r14.* r15.bad-values",
         profile="direct-vmsa",
     ),
     Mutant(
@@ -403,5 +404,13 @@ MUTANTS = (
         "        refuse(rules.vcpu_op_errno)",
         "        refuse(errno.EPERM)",
         "vmsa.d0-mainline",
+    ),
+    Mutant(
+        "FINISH hides the registers of every vCPU",
+        "launch_finish",
+        "            vcpu.protected = bound or rules.finish_protects_all",
+        "            vcpu.protected = bound",
+        "vmsa.registers-after-finish",
+        profile="direct-vmsa",
     ),
 )

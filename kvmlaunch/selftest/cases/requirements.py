@@ -19,7 +19,7 @@ from kvmlaunch.selftest.guests import c_bit, launch, payload_plan, report, run_a
 from kvmlaunch.selftest.idblock import flipped
 from kvmlaunch.selftest.vm import GPA, LaunchVm
 from kvmlaunch.selftest.vmsa_vm import VmsaVm, a_vmsa
-from kvmlaunch.uapi import lib
+from kvmlaunch.uapi import ffi, lib
 
 _COUNTS = (1, 2, 4, 8)
 _LARGE_PAGE = 2 << 20
@@ -213,6 +213,19 @@ def r15_bad(t: Case) -> None:
     exit_ = run_alone(t, vm.vcpus[0])
     failed = isinstance(exit_, FailEntryExit)
     t.expect(failed, f"KVM_RUN with EFER.SVME clear: expected KVM_EXIT_FAIL_ENTRY, got {exit_}")
+
+
+@case("vmsa.registers-after-finish")
+def registers_after_finish(t: Case) -> None:
+    """After FINISH the registers of a vCPU are hidden, with a VMSA or without: EINVAL"""
+    vm = VmsaVm.direct(t, vcpus=2)
+    t.taken(vm.update_vmsa(0))
+    t.taken(vm.bind(0))
+    t.taken(vm.finish())
+    for vcpu in vm.vcpus:
+        result = vcpu.ioctl_raw("KVM_GET_REGS", ffi.new("struct kvm_regs *"))
+        what = f"KVM_GET_REGS of vCPU {vcpu.vcpu_id} after FINISH"
+        t.errno(Answer(what, result.errno), "EINVAL")
 
 
 @case("vmsa.run-unbound")

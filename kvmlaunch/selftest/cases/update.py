@@ -250,6 +250,15 @@ def slot_without_memfd(t: Case) -> None:
     t.refused(vm.update(gfn_start=2 * _GFN), "EINVAL")
 
 
+@case("update.assigned-after-finish")
+def assigned_after_finish(t: Case) -> None:
+    """After FINISH, a page where one has been launched is EIO without a firmware code"""
+    vm = LaunchVm.started(t)
+    t.taken(vm.update())
+    t.taken(vm.finish())
+    t.refused(vm.update(), "EIO", fw=0)
+
+
 @case("update.memfd-closed")
 def memfd_closed(t: Case) -> None:
     """A slot whose guest_memfd has been closed is EIO without a firmware code"""

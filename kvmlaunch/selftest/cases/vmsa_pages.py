@@ -1,7 +1,8 @@
 """Proposals for VMSAs from user space: the capability (C) and the page type (U).
 
-Names as in the table of negative cases of the proposals' own test and code. The firmware word of a
-refusal by KVM itself is nobody's promise there, so it isn't looked at.
+Names as in the table of negative cases of proposal v2's own test and code. The firmware word of a
+refusal by KVM itself is nobody's promise there, so it isn't looked at. Of v1 it is only known that
+it looks at VMPL and SEV_FEATURES, not how it answers; the cases expect of it what v2 does.
 """
 
 from __future__ import annotations

@@ -15,6 +15,12 @@ from tests.cli.command import Cli, command, spawn
 SIM = ("selftest", "--platform", "sim")
 
 
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KSFT_TAP_LEVEL", "KVMLAUNCH_PROPOSAL"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_selftest_when_run_on_the_simulated_host_names_it_and_is_0(cli: Cli) -> None:
     done = cli(*SIM, "--sim", "7.0", "--filter", "init2.*")
     lines = done.out.splitlines()

@@ -20,7 +20,8 @@ SIM = "kvmlaunch.sim."
 class Mutant:
     """One rule: ``old`` in the source of a module of kvmlaunch.sim becomes ``new``.
 
-    ``cases`` are globs, separated by spaces, of the cases that fail then, and no other.
+    ``cases`` are globs, separated by spaces, of the cases that fail then, and no other;
+    ``seconds``: how long a guest may take, where one waits in vain.
     """
 
     rule: str
@@ -29,6 +30,7 @@ class Mutant:
     new: str
     cases: str
     profile: str = "6.12"
+    seconds: float = 30.0
 
     def expected(self, names: Iterable[str]) -> set[str]:
         """The cases that fail."""

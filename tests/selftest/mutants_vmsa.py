@@ -310,6 +310,7 @@ MUTANTS = (
         "            if False and vcpu",
         "r8.*",
         profile="direct-vmsa",
+        seconds=2.0,
     ),
     Mutant(
         "R13: the list has every APIC ID",

@@ -47,7 +47,7 @@ def test_cases_when_a_rule_of_the_launch_is_broken_are_those_about_it(
 def test_cases_when_a_rule_of_the_proposals_is_broken_are_those_about_it(
     mutant: Mutant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guests, "TIMEOUT", 1.0)
+    monkeypatch.setattr(guests, "TIMEOUT", mutant.seconds)
     check(mutant, select(SAMPLE), monkeypatch)
 
 

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.selftest.differences import DIFFERENCES
@@ -154,7 +154,7 @@ class Case:
         if text not in self.notes:
             self.notes.append(text)
 
-    def skip(self, reason: str) -> None:
+    def skip(self, reason: str) -> NoReturn:
         """Raises Skip."""
         raise Skip(reason)
 

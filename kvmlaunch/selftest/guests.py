@@ -23,9 +23,10 @@ __all__ = ["TIMEOUT", "VMSA_GPA", "c_bit", "launch", "payload_plan", "report", "
 VMSA_GPA = payloads.BASE + 0x10000
 """Where the VMSA of the first vCPU is."""
 
-_SIZE = 0x20000
 TIMEOUT = 30.0
 """Seconds that a guest may take."""
+
+_SIZE = 0x20000
 _TRIES = 100
 
 
@@ -34,7 +35,6 @@ def c_bit(t: Case) -> int:
     position = cbitpos(t.host.cpuid)
     if position is None:
         t.skip("this host's CPUID doesn't tell where the C-bit is")
-    assert position is not None
     return position
 
 

@@ -241,4 +241,14 @@ MUTANTS = (
         "    if finish.flags or any(finish.pad1):",
         "finish.padding",
     ),
+    Mutant(
+        "an unreadable blob is EFAULT",
+        "launch_finish",
+        "    return user.read(address, size)",
+        "    try:\n"
+        "        return user.read(address, size)\n"
+        "    except OSError:\n"
+        "        refuse(errno.EINVAL)",
+        "id-block.pointers",
+    ),
 )

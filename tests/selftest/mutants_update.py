@@ -272,4 +272,25 @@ MUTANTS = (
         "or update.flags or update.pad1 or",
         "update.padding",
     ),
+    Mutant(
+        "UPDATE that can't write its struct back is EFAULT",
+        "launch_update",
+        "    copy_out(user, command.data, update)",
+        "    try:\n        copy_out(user, command.data, update)\n    except OSError:\n        pass",
+        "update.unwritable",
+    ),
+    Mutant(
+        "UPDATE advances the source",
+        "launch_update",
+        "        update.uaddr = update.uaddr + done * PAGE_SIZE &",
+        "        update.uaddr = update.uaddr &",
+        "update.normal.taken update.unmeasured.taken update.secrets.taken update.cpuid.taken",
+    ),
+    Mutant(
+        "partial progress tells no cause",
+        "launch_update",
+        "                if done:\n",
+        "                if done:\n                    self._command.error = failure.status\n",
+        "update.*.partial",
+    ),
 )

@@ -91,6 +91,7 @@ def partial(t: Case, kind: PageType) -> None:
     answer = t.taken(vm.update(0, 2, type=kind, uaddr=vm.source.address))
     t.equal(f"{answer.what}: len that is left", answer.data.len, PAGE_SIZE)
     t.equal(f"{answer.what}: gfn_start afterwards", answer.data.gfn_start, _GFN + 1)
+    t.equal(f"{answer.what}: the firmware word is as it was", answer.untouched, True)
     t.refused(vm.update(1, type=kind), "EIO", fw=0)
     vm.check_measured()
 

@@ -1,4 +1,4 @@
-"""PEP 517 backend: writes the cffi extension's C source, then hands over to setuptools.
+"""PEP 517 backend: writes the cffi extensions' C sources, then hands over to setuptools.
 
 The declarations that cffi needs are the very headers that the compiler reads:
 structs and prototypes go over as they stand, and every define becomes
@@ -16,6 +16,7 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that need no sourc
 
 _HERE = Path(__file__).resolve().parent
 _OUTPUT = _HERE / "_generated_ext.c"
+_HASHING_OUTPUT = _HERE / "_generated_hashing.c"
 _HEADERS = (
     ("uapi_kvm.h", False),
     ("uapi_sev.h", True),
@@ -40,8 +41,20 @@ def make_ffi() -> FFI:
     return ffi
 
 
+def make_hashing_ffi() -> FFI:
+    """The FFI of the extension ``kvmlaunch.hashing._ext``."""
+    ffi = FFI()
+    ffi.cdef(declarations(_HERE / "hashing.h"))
+    ffi.set_source(
+        "kvmlaunch.hashing._ext",
+        '#include <stddef.h>\n#include <stdint.h>\n#include "hashing.h"\n',
+    )
+    return ffi
+
+
 def _generate() -> None:
     make_ffi().emit_c_code(str(_OUTPUT))
+    make_hashing_ffi().emit_c_code(str(_HASHING_OUTPUT))
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):  # type: ignore[no-untyped-def]
@@ -56,5 +69,6 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 
 def build_sdist(sdist_directory, config_settings=None):  # type: ignore[no-untyped-def]
     # An sdist carries the sources; who builds from it generates anew.
-    _OUTPUT.unlink(missing_ok=True)
+    for output in (_OUTPUT, _HASHING_OUTPUT):
+        output.unlink(missing_ok=True)
     return build_meta.build_sdist(sdist_directory, config_settings)

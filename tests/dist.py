@@ -20,17 +20,20 @@ SECONDS = 600
 NEEDED = (
     *("pyproject.toml", "README.md", "LICENSE", "PKG-INFO"),
     *("csrc/build_backend.py", "csrc/syscalls.c", "csrc/run.c", "csrc/softcpu_hooks.c"),
+    "csrc/hashing.c",
     *(f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("*.h"))),
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
     *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
+    \"kvmlaunch/hashing/_ext.pyi\",
 )
 JUNK = re.compile(
-    r"(^|/)(__pycache__|_generated_ext\.c|\.[a-z_]+_cache|\.tox|build|dist)(/|$)"
+    r"(^|/)(__pycache__|_generated_\w+\.c|\.[a-z_]+_cache|\.tox|build|dist)(/|$)"
     r"|\.(so|o|elf|pyc)$"
 )
 IN_WHEEL = (
     *("kvmlaunch/cli/__init__.py", "kvmlaunch/py.typed"),
     *("kvmlaunch/uapi/_ext.abi3.so", "kvmlaunch/softcpu/_hooks.abi3.so"),
+    "kvmlaunch/hashing/_ext.abi3.so",
 )
 
 

@@ -38,6 +38,7 @@ HIGH_MEMORY = 0x1_0000_0000
 SYNC_VMSA_GPA = 0xFFFF_FFFF_F000
 """GPA at which KVM has the VMSAs that it makes itself measured (INITIAL_VMSA_GPA in svm/sev.c)."""
 
+_ZEROS = memoryview(bytes(256 * PAGE_SIZE))
 _GPA_LIMIT = 1 << 52  # most physical address bits of x86-64 (APM volume 2, section 5.3)
 
 
@@ -127,6 +128,30 @@ class PageRange:
                 return data
             page[low - start : high - start] = data
         return memoryview(page).toreadonly()
+
+    def runs(self, index: int, count: int) -> Iterator[memoryview]:
+        """``count`` pages from ``index``, in as few buffers of whole pages as they lie in.
+
+        Views where one piece covers pages; zeros, or single pages put together, elsewhere.
+        """
+        while count > 0:
+            data = self._run(index, count)
+            yield data
+            index += len(data) // PAGE_SIZE
+            count -= len(data) // PAGE_SIZE
+
+    def _run(self, index: int, most: int) -> memoryview:
+        start = index * PAGE_SIZE
+        following = bisect_right(self.pieces, start, key=lambda piece: piece.offset)
+        piece = self.pieces[following - 1] if following else None
+        left = 0 if piece is None else piece.end - start
+        if piece is not None and left >= PAGE_SIZE:
+            size = min(left // PAGE_SIZE, most) * PAGE_SIZE
+            return piece.data[start - piece.offset :][:size]
+        gap = (self.pieces[following].offset if following < len(self.pieces) else self.size) - start
+        if left <= 0 and gap >= PAGE_SIZE:
+            return _ZEROS[: min(gap // PAGE_SIZE, most) * PAGE_SIZE]
+        return self.page(index)
 
     def span(self, index: int, count: int) -> memoryview | None:
         """``count`` pages from ``index`` as one view, or None where no single piece has them."""

@@ -1,4 +1,8 @@
-"""Image bytes without copies: a file is mapped, and everything else is views of the map."""
+"""Image bytes without copies: a file is mapped, and everything else is views of the map.
+
+A block device is mapped as well. What can't be mapped, a pipe, is copied to a file without a
+name in the folder for temporary files (``TMPDIR``), and that is mapped.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,21 @@ import io
 import mmap
 import os
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from kvmlaunch.errors import ImageError
 
-__all__ = ["ImageSource", "ViewStream", "open_image"]
+__all__ = ["ImageSource", "ViewStream", "forget", "open_image"]
 
-_STREAM_LIMIT = 256 << 20
-"""What can't be mapped is read into memory, up to this many bytes."""
+_STREAM_LIMIT = 1 << 30  # bytes from a pipe, which may have no end
+_COPY_BYTES = 1 << 20
+
+
+class _FileMap(mmap.mmap):
+    """A mapping of `open_image`: shared and read-only, so that its file has all it holds."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +68,55 @@ def open_image(path: str | os.PathLike[str]) -> ImageSource:
     try:
         with Path(name).open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISREG(mode) and os.fstat(file.fileno()).st_size:
-                return ImageSource(
-                    name, memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                )
-            data = file.read(_STREAM_LIMIT + 1)
+            if (stat.S_ISREG(mode) and os.fstat(file.fileno()).st_size) or stat.S_ISBLK(mode):
+                return _mapped(file, name)
+            return _copied(file, name)
     except OSError as error:
         raise ImageError(name, f"can't be read: {error.strerror or error}") from None
-    if not data:
+
+
+def _mapped(file: BinaryIO, name: str) -> ImageSource:
+    # The size that stat gives for a block device is 0.
+    size = os.lseek(file.fileno(), 0, os.SEEK_END)
+    if not size:
         raise ImageError(name, "the image is empty")
-    if len(data) > _STREAM_LIMIT:
-        limit = _STREAM_LIMIT >> 20
-        raise ImageError(name, f"more than {limit} MiB from what isn't a regular file")
-    return ImageSource.of(data, name)
+    return ImageSource(name, memoryview(_FileMap(file.fileno(), size, access=mmap.ACCESS_READ)))
+
+
+def _copied(file: BinaryIO, name: str) -> ImageSource:
+    left = _STREAM_LIMIT
+    with _temporary(name) as copy:
+        while data := file.read(min(_COPY_BYTES, left + 1)):
+            left -= len(data)
+            if left < 0:
+                limit = _STREAM_LIMIT >> 20
+                raise ImageError(name, f"more than {limit} MiB from what isn't a regular file")
+            try:
+                copy.write(data)
+            except OSError as error:
+                raise _no_copy(name, error) from None
+        return _mapped(copy, name)
+
+
+def _temporary(name: str) -> BinaryIO:
+    try:
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise _no_copy(name, error) from None
+
+
+def _no_copy(name: str, error: OSError) -> ImageError:
+    reason = error.strerror or error
+    return ImageError(name, f"can't be copied to the folder for temporary files: {reason}")
+
+
+def forget(data: memoryview) -> None:
+    """Give back the memory of the mapped file that ``data`` is a view of, if it is one.
+
+    Its bytes come from the file again where they are read again.
+    """
+    if isinstance(data.obj, _FileMap):
+        data.obj.madvise(mmap.MADV_DONTNEED)
 
 
 class ViewStream(io.RawIOBase):

@@ -24,7 +24,7 @@ NEEDED = (
     *(f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("*.h"))),
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
     *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
-    \"kvmlaunch/hashing/_ext.pyi\",
+    "kvmlaunch/hashing/_ext.pyi",
 )
 JUNK = re.compile(
     r"(^|/)(__pycache__|_generated_\w+\.c|\.[a-z_]+_cache|\.tox|build|dist)(/|$)"

@@ -1,5 +1,7 @@
 """Launch digest: the PAGE_INFO chain, and digests as text.
 
+This is the simple form, page by page; `kvmlaunch.hashing` is the fast one.
+
 The digest starts as 48 zero bytes. Each 4 KiB page, in the order of the launch updates,
 replaces it by SHA-384 over PAGE_INFO (112 bytes):
 
@@ -27,7 +29,6 @@ import binascii
 import hashlib
 import re
 import struct
-from collections.abc import Callable
 from typing import Literal
 
 from kvmlaunch.errors import FormatError
@@ -68,19 +69,15 @@ class LaunchDigest:
 
     Args:
         start: digest to go on from, 48 bytes (`--ovmf-hash`); zeros for a new guest.
-        sha384: the hash to use, data -> 48 bytes.
     """
 
-    __slots__ = ("_sha384", "_value")
+    __slots__ = ("_value",)
 
-    def __init__(
-        self, start: bytes = _ZEROS, *, sha384: Callable[[Buffer], bytes] = sha384
-    ) -> None:
+    def __init__(self, start: bytes = _ZEROS) -> None:
         """Start a chain at `start`."""
         if len(start) != DIGEST_SIZE:
             raise FormatError(f"a launch digest is {DIGEST_SIZE} bytes, start has {len(start)}")
         self._value = bytes(start)
-        self._sha384 = sha384
 
     @property
     def value(self) -> bytes:
@@ -114,7 +111,7 @@ class LaunchDigest:
         Raises:
             FormatError: an argument is out of its range; the digest is unchanged.
         """
-        contents = page_contents(page_type, page, as_given=as_given, sha384=self._sha384)
+        contents = page_contents(page_type, page, as_given=as_given)
         self.update_contents(page_type, gpa, contents, imi_page=imi_page, vmpl_perms=vmpl_perms)
         return contents
 
@@ -128,7 +125,7 @@ class LaunchDigest:
         vmpl_perms: tuple[int, int, int] = _NO_PERMS,
     ) -> None:
         """Add one 4 KiB page whose CONTENTS (48 bytes) is known already."""
-        self._value = self._sha384(
+        self._value = sha384(
             page_info(
                 self._value, contents, page_type, gpa, imi_page=imi_page, vmpl_perms=vmpl_perms
             )
@@ -143,13 +140,7 @@ class LaunchDigest:
         return self.hex()
 
 
-def page_contents(
-    page_type: int,
-    page: Buffer | None,
-    *,
-    as_given: bool = False,
-    sha384: Callable[[Buffer], bytes] = sha384,
-) -> bytes:
+def page_contents(page_type: int, page: Buffer | None, *, as_given: bool = False) -> bytes:
     """Return CONTENTS of a page: SHA-384 of it, or 48 zero bytes where firmware measures none.
 
     A VMSA is hashed with the bytes 0x2F0..0x2FF (TSC scale and offset) taken as zero, as

@@ -44,11 +44,11 @@ def prepare_streams() -> None:
 
 
 class Talk:
-    """The voice on stderr, as loud as the user wants it."""
+    """The voice on stderr, as loud as the user wants it (``verbose``: as can be)."""
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self._quiet = quiet
-        self._verbose = verbose
+        self.verbose = verbose
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
@@ -61,7 +61,7 @@ class Talk:
 
     def detail(self, text: str) -> None:
         """Say something only to those who asked for more."""
-        if self._verbose:
+        if self.verbose:
             _say(text)
 
 

@@ -303,7 +303,7 @@ class Guest:
                 address = self._source(step, index, count, staging)
                 for done in self._send(state, step, index, address, count, retry_cpuid):
                     # All that the kernel took is recorded before anyone looks at it.
-                    batch = [self._predictor.page(step, index + n, vcpu) for n in range(done)]
+                    batch = self._predictor.batch(step, index, done, vcpu)
                     self.records += batch
                     index += done
                     yield from batch
@@ -348,13 +348,10 @@ class Guest:
             address = address_of(ffi.from_buffer(direct))
             if address % PAGE_SIZE == 0:
                 return address
-        view = staging.view
-        for page in range(count):
-            at = page * PAGE_SIZE
-            if step.type is PageType.CPUID:
-                view[at : at + PAGE_SIZE] = snp_cpuid_page(self._bsp_cpuid)
-            else:
-                view[at : at + PAGE_SIZE] = step.page(index + page)
+        at, cpuid = 0, step.type is PageType.CPUID
+        for data in [snp_cpuid_page(self._bsp_cpuid)] * count if cpuid else step.runs(index, count):
+            staging.view[at : at + len(data)] = data
+            at += len(data)
         return staging.address
 
     def witness(self) -> WitnessReport:

@@ -1,19 +1,24 @@
-"""Predict a plan's launch digest, page by page. Needs no host and no extension."""
+"""Predict a plan's launch digest. Needs no host and no compiled extension."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmlaunch.abi.digest import LaunchDigest, sha384
+from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.kvm_sync import synced
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.hashing import RECORD_SIZE, Hasher, hasher
 from kvmlaunch.images.plan import SYNC_VMSA_GPA, LaunchPlan, PageRange, VmsaMode
+from kvmlaunch.images.source import forget
 from kvmlaunch.launch.records import PageRecord
 
 __all__ = ["Measurement", "Predictor", "finish_records", "measure", "page_records"]
+
+_RECORD_PAGES = 512  # whose records exist at a time
+_CHUNK_PAGES = 2048  # hashed in one go: what of a mapped file is in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,52 +33,103 @@ class Measurement:
 
 
 class Predictor:
-    """The running launch digest of one launch, and its records."""
+    """The running launch digest of one launch, and its records. ``hasher``: else the best."""
 
-    def __init__(self, hasher: Callable[[Buffer], bytes] = sha384) -> None:
-        self._digest = LaunchDigest(sha384=hasher)
+    def __init__(self, hasher_: Hasher | None = None) -> None:
+        self._hasher = hasher_ or hasher()
+        self._digest = bytes(DIGEST_SIZE)
         self._seq = 0
+        self._unforgotten = 0
 
     def copy(self) -> Predictor:
         """A second one that goes on from here."""
-        return copy.deepcopy(self)
+        return copy.copy(self)
 
     @property
     def digest(self) -> bytes:
         """The launch digest so far."""
-        return self._digest.value
+        return self._digest
 
     @property
     def pages(self) -> int:
         """Number of pages so far."""
         return self._seq
 
+    def extend(self, step: PageRange) -> None:
+        """Add all pages of a plan's page range, and leave no records."""
+        for first, data, count in self._runs(step, 0, step.npages):
+            gpa = step.gpa + first * PAGE_SIZE
+            self._digest = self._hasher.extend(self._digest, step.type, gpa, data, count)
+            self._seq += count
+
+    def batch(
+        self, step: PageRange, index: int, count: int, vcpu: int | None = None
+    ) -> list[PageRecord]:
+        """Add ``count`` pages from ``index``; ``vcpu`` starts from them if that is a VMSA."""
+        records = []
+        for first, data, npages in self._runs(step, index, count):
+            origins = (step.origin_of(first + n) for n in range(npages))
+            gpa = step.gpa + first * PAGE_SIZE
+            records += self._add(step.type, gpa, data, npages, origins, step.label, vcpu)
+        return records
+
     def page(self, step: PageRange, index: int, vcpu: int | None = None) -> PageRecord:
-        """Add page ``index`` of a plan's page range; ``vcpu`` starts from it if it is a VMSA."""
-        gpa = step.gpa + index * PAGE_SIZE
-        data = step.page(index) if step.type.measures_contents else None
-        return self._add(step.type, gpa, data, step.origin_of(index), step.label, vcpu)
+        """Add one page, see `batch`."""
+        (record,) = self.batch(step, index, 1, vcpu)
+        return record
 
     def synced_vmsa(self, vcpu: int, state: Vmsa, sev_features: int) -> PageRecord:
         """Add the VMSA that KVM itself makes of a vCPU's state at LAUNCH_FINISH."""
         page = synced(state, sev_features=sev_features).encode()
-        return self._add(PageType.VMSA, SYNC_VMSA_GPA, page, "kvm-sync", f"vmsa {vcpu}", vcpu)
+        origins = iter(("kvm-sync",))
+        (record,) = self._add(PageType.VMSA, SYNC_VMSA_GPA, page, 1, origins, f"vmsa {vcpu}", vcpu)
+        return record
+
+    def _runs(
+        self, step: PageRange, index: int, count: int
+    ) -> Iterator[tuple[int, memoryview | None, int]]:
+        """(first page, bytes if they are measured, pages) of what can be hashed in one go."""
+        if not step.type.measures_contents:
+            yield index, None, count
+            return
+        for at in range(index, index + count, _CHUNK_PAGES):
+            first = at
+            for data in step.runs(at, min(_CHUNK_PAGES, index + count - at)):
+                npages = len(data) // PAGE_SIZE
+                yield first, data, npages
+                first += npages
+                self._unforgotten += npages
+                if self._unforgotten >= _CHUNK_PAGES:
+                    forget(data)
+                    self._unforgotten = 0
 
     def _add(
         self,
         type_: PageType,
         gpa: int,
         data: Buffer | None,
-        origin: str,
+        npages: int,
+        origins: Iterator[str],
         label: str,
         vcpu: int | None,
-    ) -> PageRecord:
-        contents = self._digest.update(type_, gpa, data)
-        record = PageRecord(
-            self._seq, gpa, type_, contents, self._digest.value, origin, label, vcpu
-        )
-        self._seq += 1
-        return record
+    ) -> list[PageRecord]:
+        found = self._hasher.records(self._digest, type_, gpa, data, npages)
+        records = [
+            PageRecord(
+                self._seq + n,
+                gpa + n * PAGE_SIZE,
+                type_,
+                found[n * RECORD_SIZE : n * RECORD_SIZE + DIGEST_SIZE],
+                found[n * RECORD_SIZE + DIGEST_SIZE : (n + 1) * RECORD_SIZE],
+                origin,
+                label,
+                vcpu,
+            )
+            for n, origin in enumerate(origins)
+        ]
+        self._digest = found[-DIGEST_SIZE:]
+        self._seq += npages
+        return records
 
 
 def finish_records(plan: LaunchPlan, predictor: Predictor) -> Iterator[PageRecord]:
@@ -83,23 +139,25 @@ def finish_records(plan: LaunchPlan, predictor: Predictor) -> Iterator[PageRecor
             yield predictor.synced_vmsa(vcpu, state, plan.sev_features)
 
 
-def page_records(
-    plan: LaunchPlan, hasher: Callable[[Buffer], bytes] = sha384
-) -> Iterator[PageRecord]:
+def page_records(plan: LaunchPlan) -> Iterator[PageRecord]:
     """One record per page of the plan and per VMSA, in launch order."""
-    predictor = Predictor(hasher)
-    for step, index in plan.pages():
-        yield predictor.page(step, index, plan.vcpu_at(step))
+    predictor = Predictor()
+    for step in plan.steps:
+        vcpu = plan.vcpu_at(step)
+        for index in range(0, step.npages, _RECORD_PAGES):
+            count = min(_RECORD_PAGES, step.npages - index)
+            yield from predictor.batch(step, index, count, vcpu)
     yield from finish_records(plan, predictor)
 
 
-def measure(plan: LaunchPlan, hasher: Callable[[Buffer], bytes] = sha384) -> Measurement:
+def measure(plan: LaunchPlan) -> Measurement:
     """The launch digest that launching ``plan`` will give.
 
     Raises FormatError for a vCPU state that KVM would refuse.
     """
-    pages = 0
-    digest = bytes(48)
-    for record in page_records(plan, hasher):
-        pages, digest = pages + 1, record.digest
-    return Measurement(digest, pages)
+    predictor = Predictor()
+    for step in plan.steps:
+        predictor.extend(step)
+    for _ in finish_records(plan, predictor):
+        pass
+    return Measurement(predictor.digest, predictor.pages)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.images.plan import LaunchPlan
+from kvmlaunch.images.source import forget
 from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.version import __version__
 
@@ -21,6 +22,7 @@ __all__ = ["LogError", "NullLog", "PageLog", "open_log"]
 
 SCHEMA = "kvmlaunch.log/1"
 _FLUSH_BYTES = 1 << 16
+_READ_BYTES = 8 << 20  # of a mapped file, in memory at a time
 
 
 class LogError(KvmLaunchError):
@@ -54,7 +56,7 @@ class PageLog:
                 "platform": platform,
                 "profile": profile,
                 "image": plan.image,
-                "sha256": hashlib.sha256(plan.data).hexdigest(),
+                "sha256": _sha256(plan.data),
                 "policy": f"{plan.policy:#x}",
                 "vmsa_mode": vmsa_mode,
                 "version": __version__,
@@ -64,7 +66,7 @@ class PageLog:
 
     def record(self, record: PageRecord) -> None:
         """A measured page or VMSA."""
-        self.write(record.to_event())
+        self._add(record.to_line())
 
     def call(self, call: Call) -> None:
         """A system call of the launch."""
@@ -96,7 +98,10 @@ class PageLog:
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Add one event."""
-        self._buffer += json.dumps(event, separators=(",", ":")).encode() + b"\n"
+        self._add(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+
+    def _add(self, line: bytes) -> None:
+        self._buffer += line
         if len(self._buffer) >= _FLUSH_BYTES:
             self.flush()
 
@@ -137,6 +142,14 @@ class PageLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _sha256(data: memoryview) -> str:
+    found = hashlib.sha256()
+    for at in range(0, len(data), _READ_BYTES):
+        found.update(data[at : at + _READ_BYTES])
+        forget(data)
+    return found.hexdigest()
 
 
 class NullLog:

@@ -46,7 +46,8 @@ def test_version_when_options_stand_beside_it_is_printed_all_the_same() -> None:
 @pytest.mark.parametrize("command", ["measure", "inspect"])
 def test_command_that_needs_no_host_imports_no_host(halt: Path, command: str) -> None:
     modules = imported(command, halt)
-    assert HEAVY & modules == set()
+    # What hashes the pages is compiled, too.
+    assert HEAVY & modules <= ({"_cffi_backend"} if command == "measure" else set())
     assert {"kvmlaunch.cli.run", "kvmlaunch.cli.selftest"} & modules == set()
 
 

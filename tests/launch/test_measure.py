@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from kvmlaunch.abi.digest import LaunchDigest
 from kvmlaunch.abi.page import PageType
-from kvmlaunch.errors import FormatError
+from kvmlaunch.errors import FormatError, KvmLaunchError
+from kvmlaunch.hashing import backends
+from kvmlaunch.hashing.plain import PlainHasher
 from kvmlaunch.images import LaunchPlan, PageRange, Piece
 from kvmlaunch.launch.measure import Measurement, Predictor, measure, page_records
 from kvmlaunch.launch.records import PageRecord
@@ -211,16 +215,63 @@ def test_measurement_when_shown_is_96_lower_case_hex_digits() -> None:
     assert text == bytes(range(0xD0, 0x100)).hex()
 
 
-def test_measure_when_a_hasher_is_given_uses_it_for_every_page() -> None:
-    seen: list[int] = []
+@pytest.mark.parametrize("name", backends())
+def test_measure_when_another_backend_hashes_gives_the_known_digest(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V20."""
+    monkeypatch.setenv("KVMLAUNCH_HASH", name)
+    assert measure(v20_plan()).digest.hex() == vectors.V20_WITH_VMSA
 
-    def hasher(data: Any) -> bytes:
-        seen.append(len(data))
-        return hashlib.sha384(data).digest()
 
-    assert measure(small_plan(), hasher) == measure(small_plan())
-    # Two NORMAL pages, one VMSA, and PAGE_INFO of seven pages.
-    assert (seen.count(PAGE), seen.count(0x70)) == (3, 7)
+def scattered(sizes: list[tuple[int, int]], npages: int) -> LaunchPlan:
+    """One range whose pieces are (bytes left out before, bytes)."""
+    at, pieces = 0, []
+    for gap, size in sizes:
+        data = bytes(n * 31 + len(pieces) & 0xFF for n in range(size))
+        pieces.append(Piece(at + gap, memoryview(data), f"file{len(pieces)}", 0x100))
+        at += gap + size
+    step_ = PageRange(0, npages * PAGE, PageType.NORMAL, "image", "zeros", tuple(pieces))
+    return plan([step_], memory=((0, npages * PAGE),))
+
+
+SCATTERED = [
+    scattered([(0, 3 * PAGE)], 3),
+    scattered([(100, 3 * PAGE)], 5),
+    scattered([(PAGE - 1, 2 * PAGE), (1, 1), (5 * PAGE, PAGE)], 300),
+    scattered([(0, 10)] + [(PAGE - 10, 10)] * 600, 601),
+    scattered([(0, 600 * PAGE), (0, 7), (0, 600 * PAGE)], 1202),
+    scattered([], 600),
+]
+
+
+@pytest.mark.parametrize("launch_plan", SCATTERED)
+def test_measure_when_pages_lie_scattered_is_that_of_page_by_page(launch_plan: LaunchPlan) -> None:
+    """Against the simple chain and pages put together by hand."""
+    (step_,) = launch_plan.steps
+    image = bytearray(step_.size)
+    for piece in step_.pieces:
+        image[piece.offset : piece.end] = piece.data
+    digest, expected = LaunchDigest(), []
+    for at in range(0, step_.size, PAGE):
+        contents = digest.update(1, at, image[at : at + PAGE])
+        expected.append((at // PAGE, at, contents, digest.value))
+    records = [(r.seq, r.gpa, r.contents, r.digest) for r in page_records(launch_plan)]
+    assert records[:-1] == expected
+    assert measure(launch_plan) == Measurement(records[-1][3], len(records))
+
+
+@pytest.mark.parametrize("launch_plan", SCATTERED)
+def test_records_when_pages_lie_scattered_name_each_pages_origin(launch_plan: LaunchPlan) -> None:
+    (step_,) = launch_plan.steps
+    origins = [record.origin for record in page_records(launch_plan)]
+    assert origins[:-1] == [step_.origin_of(index) for index in range(step_.npages)]
+
+
+def test_measure_when_the_backend_is_unknown_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMLAUNCH_HASH", "abacus")
+    with pytest.raises(KvmLaunchError, match="KVMLAUNCH_HASH=abacus"):
+        measure(small_plan())
 
 
 def test_measure_when_kvm_would_refuse_the_state_says_so() -> None:
@@ -232,20 +283,24 @@ def test_measure_when_there_are_no_pages_has_the_vmsas_only() -> None:
     assert measure(plan([], vcpus=2)).pages == 2
 
 
-def test_measure_when_the_image_is_large_copies_nothing() -> None:
-    """Each page that one piece covers is handed to the hash as a view of the image."""
-    image = bytes(16 * PAGE)
-    kinds: set[type] = set()
+class Watched(PlainHasher):
+    """Notes what it is given."""
 
-    def hasher(data: Any) -> bytes:
-        if len(data) == PAGE and isinstance(data, memoryview):
-            kinds.add(type(data.obj))
-            assert data.obj is image
-        return hashlib.sha384(data).digest()
+    def __init__(self) -> None:
+        self.given: list[tuple[Any, int]] = []
 
+    def extend(self, *args: Any, **more: Any) -> bytes:
+        self.given.append((args[3], args[4]))
+        return super().extend(*args, **more)
+
+
+def test_extend_when_one_piece_has_the_pages_hands_over_one_view_of_it() -> None:
+    image = bytes(range(256)) * 16 * 16
+    hasher = Watched()
     pieces = (Piece(0, memoryview(image), "image.bin"),)
-    measure(plan([PageRange(0, len(image), PageType.NORMAL, "image", "", pieces)]), hasher)
-    assert kinds == {bytes}
+    Predictor(hasher).extend(PageRange(0, len(image), PageType.NORMAL, "image", "", pieces))
+    ((data, npages),) = hasher.given
+    assert (data.obj, npages) == (image, 16)
 
 
 # Predictor
@@ -298,6 +353,23 @@ def test_event_when_the_record_is_a_vmsa_names_the_vcpu_and_has_no_label() -> No
         "digest": "02" * 48,
         "origin": "kvm-sync",
     }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"type": PageType.VMSA, "vcpu": 2},
+        {"type": PageType.VMSA, "vcpu": None},
+        {"origin": 'k\u00e4rnel "1"\n\\+0x0', "label": "\x7f\u2028"},
+        {"seq": 0, "gpa": 0, "type": PageType.CPUID},
+        {"gpa": 0xFFFFFFFFF000, "seq": 1 << 40},
+    ],
+)
+def test_line_when_written_is_the_event_as_json(changes: dict[str, Any]) -> None:
+    made = record(**changes)
+    expected = json.dumps(made.to_event(), separators=(",", ":"))
+    assert made.to_line().decode("ascii") == expected + "\n"
 
 
 def test_record_when_shown_has_gpa_type_label_and_origin() -> None:

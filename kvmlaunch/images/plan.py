@@ -163,12 +163,25 @@ class PageRange:
 
     def origin_of(self, index: int) -> str:
         """Where page ``index`` comes from: ``FILE+0xOFFSET``, or the range's origin."""
-        start = index * PAGE_SIZE
-        for piece in self._pieces_of(index):
-            if piece.origin.startswith("kvmlaunch:"):
-                return piece.origin
-            return f"{piece.origin}+{piece.file_offset + max(start - piece.offset, 0):#x}"
-        return self.origin
+        return next(self.origins(index, 1))
+
+    def origins(self, index: int, count: int) -> Iterator[str]:
+        """`origin_of` ``count`` pages from ``index``."""
+        end = index + count
+        while index < end:
+            piece = next(self._pieces_of(index), None)
+            if piece is None:
+                yield self.origin
+                index += 1
+                continue
+            # It is the first one in all pages that begin in it, too.
+            following = max(index + 1, min(-(-piece.end // PAGE_SIZE), end))
+            for start in range(index * PAGE_SIZE, following * PAGE_SIZE, PAGE_SIZE):
+                if piece.origin.startswith("kvmlaunch:"):
+                    yield piece.origin
+                else:
+                    yield f"{piece.origin}+{piece.file_offset + max(start - piece.offset, 0):#x}"
+            index = following
 
     def _pieces_of(self, index: int) -> Iterator[Piece]:
         """The pieces that have bytes in page ``index`` (an image may have 65534 of them)."""

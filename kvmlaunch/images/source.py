@@ -10,7 +10,6 @@ import io
 import mmap
 import os
 import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -99,6 +98,8 @@ def _copied(file: BinaryIO, name: str) -> ImageSource:
 
 
 def _temporary(name: str) -> BinaryIO:
+    import tempfile  # takes longer than all else that a small image needs
+
     try:
         return tempfile.TemporaryFile(buffering=0)
     except OSError as error:

@@ -68,7 +68,7 @@ class Predictor:
         """Add ``count`` pages from ``index``; ``vcpu`` starts from them if that is a VMSA."""
         records = []
         for first, data, npages in self._runs(step, index, count):
-            origins = (step.origin_of(first + n) for n in range(npages))
+            origins = step.origins(first, npages)
             gpa = step.gpa + first * PAGE_SIZE
             records += self._add(step.type, gpa, data, npages, origins, step.label, vcpu)
         return records

@@ -7,18 +7,26 @@ run on the same machine. Absolute times are for orientation only.
 from __future__ import annotations
 
 import argparse
+import os
+import platform
+import re
+import ssl
 import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
 
 from kvmlaunch.errors import KvmLaunchError
+from kvmlaunch.hashing import hasher
 from kvmlaunch.kvm import Kvm
 from kvmlaunch.uapi import RealPlatform
 from tests.benchmarks.native import NoCompiler
 from tests.benchmarks.timing import table
 
-NAMES = ("command_start", "first_exit", "one_ioctl", "measured_page", "softcpu", "simulated_run")
+NAMES = (
+    *("command_start", "first_exit", "one_ioctl", "measured_page", "page_hashing"),
+    *("whole_measure", "page_log", "softcpu", "simulated_run"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,8 +50,21 @@ def main(argv: list[str] | None = None) -> int:
         if missing is not None:
             print(f"{name}: skipped: {missing}", file=sys.stderr)
     if found:
+        print(_machine())
+        print(f"medians of {args.rounds} pairs that ran in turn (fewer of what takes seconds)")
         print(table(found))
     return 0
+
+
+def _machine() -> str:
+    """What it is that was measured on."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    model = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
+    name = model[1] if model else platform.machine()
+    return (
+        f"{name}, {len(os.sched_getaffinity(0))} CPUs; Python {platform.python_version()}, "
+        f"{ssl.OPENSSL_VERSION}; hashing: {hasher().name}"
+    )
 
 
 def _no_kvm() -> str | None:

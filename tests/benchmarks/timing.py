@@ -7,18 +7,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+MIB = ((float(1 << 20), "MiB"),)
+"""Units of a figure, largest first: (its size, its name)."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Medians of one comparison, in seconds; ``ratio`` is the median of the pairs' ratios."""
+    """Medians of one comparison; ``ratio`` is the median of the pairs' ratios.
+
+    ``wanted`` is the ratio that it should be at most, ``unit`` what is measured.
+    """
 
     what: str
     seconds: float
     against: str
     baseline: float
     ratio: float
+    wanted: float | None = None
+    unit: tuple[tuple[float, str], ...] = SECONDS
 
 
 def compare(
@@ -27,8 +34,10 @@ def compare(
     against: str,
     baseline: Callable[[], float],
     rounds: int,
+    wanted: float | None = None,
+    unit: tuple[tuple[float, str], ...] = SECONDS,
 ) -> Figure:
-    """Call both in turn ``rounds`` times; each returns the seconds it took for one unit."""
+    """Call both in turn ``rounds`` times; each returns what it took, in seconds or bytes."""
     pairs = []
     for number in range(rounds):
         # Who goes first alternates, so that neither always finds the caches warm.
@@ -43,6 +52,8 @@ def compare(
         against,
         statistics.median(pair[1] for pair in pairs),
         statistics.median(pair[0] / pair[1] for pair in pairs),
+        wanted,
+        unit,
     )
 
 
@@ -59,11 +70,15 @@ def timed(call: Callable[[], object], units: int = 1) -> Callable[[], float]:
 
 def table(figures: Sequence[Figure]) -> str:
     """The figures as aligned columns, with a heading."""
-    rows = [("figure", "median", "against", "median", "ratio")]
+    rows = [("figure", "median", "against", "median", "ratio", "wanted")]
     rows += [
-        (f.what, human(f.seconds), f.against, human(f.baseline), f"{f.ratio:.2f}") for f in figures
+        (
+            *(f.what, human(f.seconds, f.unit), f.against, human(f.baseline, f.unit)),
+            *(f"{f.ratio:.2f}", "" if f.wanted is None else f"<= {f.wanted:.2f}"),
+        )
+        for f in figures
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = (0, 2)
     return "\n".join(
         "  ".join(
@@ -74,7 +89,7 @@ def table(figures: Sequence[Figure]) -> str:
     )
 
 
-def human(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    scale, unit = next((pair for pair in _UNITS if seconds >= pair[0]), _UNITS[-1])
-    return f"{seconds / scale:.3g} {unit}"
+def human(value: float, units: Sequence[tuple[float, str]] = SECONDS) -> str:
+    """A value in the unit that suits it."""
+    scale, unit = next((pair for pair in units if value >= pair[0]), units[-1])
+    return f"{value / scale:.3g} {unit}"

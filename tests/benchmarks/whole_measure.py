@@ -1,0 +1,87 @@
+"""The command `kvmlaunch measure` from start to end, against sev-snp-measure's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.benchmarks.first_exit import process
+from tests.benchmarks.page_hashing import debian_ovmf
+from tests.benchmarks.timing import MIB, Figure, compare
+from tests.images.builders import METADATA_FROM_END, metadata_bytes, ovmf
+
+NEEDS_KVM = False
+
+# As installed commands start; an editable install would look for our files first.
+_ROOT = str(Path(__file__).resolve().parents[2])
+_OURS = (
+    f"import sys; sys.path.insert(0, {_ROOT!r}); from kvmlaunch.cli import main; sys.exit(main())"
+)
+_THEIRS = "import sys; from sevsnpmeasure.cli import main; sys.exit(main())"
+_SIZE = 256 << 20
+_PEAK = (
+    "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+    "stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+)
+
+
+def figures(work: Path, rounds: int) -> list[Figure]:
+    """Debian's OVMF and 256 MiB, times and peak memory."""
+    found = []
+    firmware = debian_ovmf()
+    if firmware is not None:
+        ours, theirs = _pair(["--ovmf", str(firmware)], firmware)
+        what = "kvmlaunch measure OVMF.fd"
+        found.append(compare(what, ours, "sev-snp-measure", theirs, rounds, 1 / 2.5))
+    image = _large(work)
+    options = ["--image-type", "flat", "--load-addr", hex((1 << 32) - _SIZE), str(image)]
+    ours, theirs = _pair(options, image)
+    what = "kvmlaunch measure, 256 MiB"
+    found.append(compare(what, ours, "sev-snp-measure", theirs, rounds, 1 / 4))
+    peaks = _peak(_command(options)), _peak([sys.executable, "-c", "pass"])
+    found.append(
+        compare(f"{what}, peak", peaks[0], "python -c pass", peaks[1], min(rounds, 3), unit=MIB)
+    )
+    return found
+
+
+def _command(options: list[str]) -> list[str]:
+    return [sys.executable, "-I", "-c", _OURS, "measure", *options]
+
+
+def _pair(options: list[str], image: Path) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Both commands, which must print the same digest."""
+    words = ["--mode", "snp", "--vcpus", "1", "--vcpu-type", "EPYC-v4", "--ovmf", str(image)]
+    theirs = [sys.executable, "-I", "-c", _THEIRS, *words]
+    digest = subprocess.run(theirs, capture_output=True, check=True, timeout=60).stdout
+    return process(_command(options), digest), process(theirs, digest)
+
+
+def _large(work: Path) -> Path:
+    """A firmware of 256 MiB, no two pages alike, whose metadata has no sections.
+
+    Launched flat it begins at the reset vector, as sev-snp-measure takes it.
+    """
+    path = work / "large.fd"
+    noise = os.urandom(1 << 20)
+    tail = ovmf(metadata=metadata_bytes(()))[-METADATA_FROM_END:]
+    with path.open("wb") as file:
+        for number in range(_SIZE >> 20):
+            file.write(bytes(byte ^ number for byte in noise[:4096]) + noise[4096:])
+        file.seek(-len(tail), os.SEEK_END)
+        file.write(tail)
+    return path
+
+
+def _peak(command: list[str]) -> Callable[[], float]:
+    """Peak memory of a command, in bytes."""
+
+    def call() -> float:
+        words = [sys.executable, "-c", _PEAK, *command]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+        return float(done.stdout) * 1024
+
+    return call

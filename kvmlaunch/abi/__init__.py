@@ -12,6 +12,7 @@
 | `kvm_sync`      | what KVM makes of a wanted VMSA in `sync` mode                       |
 | `cpuid_page`    | CPUID page                                                           |
 | `secrets_page`  | secrets page                                                         |
+| `kernel_hashes` | table of kernel, initrd and command line hashes that OVMF checks      |
 | `idblock`       | ID block and ID authentication information                           |
 | `signature`     | ECDSA P-384 signature as firmware encodes it                         |
 | `tcb`           | TCB_VERSION of each product                                          |

@@ -14,14 +14,24 @@ svm_vcpu_reset, init_vmcb and sev_es_sync_vmsa for KVM (6.12).
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
+
+from kvmlaunch.errors import FormatError
 
 from ._check import uint
 from .segment import Segment
 from .vmsa import Vmsa
 
-__all__ = ["BSP_EIP", "VCPU_TYPES", "kvm_untouched", "qemu_reset", "vcpu_signature"]
+__all__ = [
+    "BSP_EIP",
+    "VCPU_TYPES",
+    "kvm_untouched",
+    "qemu_reset",
+    "vcpu_signature",
+    "vcpu_type_signature",
+]
 
 BSP_EIP = 0xFFFFFFF0
 """Reset vector of x86: where the boot processor starts."""
@@ -118,22 +128,27 @@ _TURIN = vcpu_signature(26, 0, 0)
 
 VCPU_TYPES: Mapping[str, int] = MappingProxyType(
     {
-        "EPYC": _NAPLES,
-        "EPYC-v1": _NAPLES,
-        "EPYC-v2": _NAPLES,
-        "EPYC-IBPB": _NAPLES,
-        "EPYC-v3": _NAPLES,
-        "EPYC-v4": _NAPLES,
-        "EPYC-Rome": _ROME,
-        "EPYC-Rome-v1": _ROME,
-        "EPYC-Rome-v2": _ROME,
-        "EPYC-Rome-v3": _ROME,
-        "EPYC-Milan": _MILAN,
-        "EPYC-Milan-v1": _MILAN,
-        "EPYC-Milan-v2": _MILAN,
-        "EPYC-Genoa": _GENOA,
-        "EPYC-Genoa-v1": _GENOA,
-        "EPYC-Turin": _TURIN,
+        **dict.fromkeys(("EPYC", *(f"EPYC-v{n}" for n in range(1, 6)), "EPYC-IBPB"), _NAPLES),
+        **dict.fromkeys(("EPYC-Rome", *(f"EPYC-Rome-v{n}" for n in range(1, 6))), _ROME),
+        **dict.fromkeys(("EPYC-Milan", *(f"EPYC-Milan-v{n}" for n in range(1, 4))), _MILAN),
+        **dict.fromkeys(("EPYC-Genoa", "EPYC-Genoa-v1", "EPYC-Genoa-v2"), _GENOA),
+        **dict.fromkeys(("EPYC-Turin", "EPYC-Turin-v1"), _TURIN),
     }
 )
-"""vCPU signature by QEMU's model name; the names that sev-snp-measure 0.0.13 knows."""
+"""vCPU signature by QEMU's model name: all EPYC models of QEMU 10.1, whose versions differ in
+features only. Source: QEMU target/i386/cpu.c builtin_x86_defs (family, model, stepping), and
+the list of `qemu-system-x86_64 -device help`."""
+
+
+def vcpu_type_signature(name: str) -> int:
+    """Return the signature of QEMU's CPU model.
+
+    Raises:
+        FormatError: no such model; the nearest ones are named.
+    """
+    if name in VCPU_TYPES:
+        return VCPU_TYPES[name]
+    names = {known.lower(): known for known in VCPU_TYPES}
+    close = [names[near] for near in difflib.get_close_matches(name.lower(), names, cutoff=0.4)]
+    hint = f"; near to it: {', '.join(close)}" if close else ""
+    raise FormatError(f"unknown CPU type {name!r}{hint}; known are {', '.join(VCPU_TYPES)}")

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from kvmlaunch.images import (
         LaunchPlan,
         PlanOptions,
+        VmmProfile,
         VmsaChoice,
         VmsaMode,
         load_image,
+        load_vmm,
         to_sync,
     )
     from kvmlaunch.launch.gdb import serve_gdb
     from kvmlaunch.launch.guest import Guest
-    from kvmlaunch.launch.measure import Measurement, measure, page_records
+    from kvmlaunch.launch.legacy import LegacyLaunch, plan_legacy
+    from kvmlaunch.launch.measure import Measurement, firmware_digest, measure, page_records
     from kvmlaunch.launch.records import PageRecord
     from kvmlaunch.launch.run import Outcome, run_guest
     from kvmlaunch.launch.trace import Trace
@@ -42,6 +45,7 @@ __all__ = [
     "Guest",
     "KvmLaunchError",
     "LaunchPlan",
+    "LegacyLaunch",
     "Measurement",
     "Outcome",
     "PageRecord",
@@ -51,14 +55,18 @@ __all__ = [
     "Recorder",
     "SimPlatform",
     "Trace",
+    "VmmProfile",
     "VmsaChoice",
     "VmsaMode",
     "__version__",
+    "firmware_digest",
     "host_cbitpos",
     "load_image",
+    "load_vmm",
     "measure",
     "open_platform",
     "page_records",
+    "plan_legacy",
     "probe_vmsa_mode",
     "run_guest",
     "serve_gdb",
@@ -70,6 +78,7 @@ _HOME = {
     "Guest": "launch.guest",
     "KvmLaunchError": "errors",
     "LaunchPlan": "images",
+    "LegacyLaunch": "launch.legacy",
     "Measurement": "launch.measure",
     "Outcome": "launch.run",
     "PageRecord": "launch.records",
@@ -79,13 +88,17 @@ _HOME = {
     "Recorder": "uapi",
     "SimPlatform": "sim",
     "Trace": "launch.trace",
+    "VmmProfile": "images",
     "VmsaChoice": "images",
     "VmsaMode": "images",
+    "firmware_digest": "launch.measure",
     "host_cbitpos": "platforms",
     "load_image": "images",
+    "load_vmm": "images",
     "measure": "launch.measure",
     "open_platform": "platforms",
     "page_records": "launch.measure",
+    "plan_legacy": "launch.legacy",
     "probe_vmsa_mode": "launch.vmsa_mode",
     "run_guest": "launch.run",
     "serve_gdb": "launch.gdb",

@@ -16,6 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600
+PROFILES = tuple(
+    path.relative_to(ROOT).as_posix()
+    for path in sorted((ROOT / "kvmlaunch/images/vmms").glob("*.json"))
+)
 
 NEEDED = (
     *("pyproject.toml", "README.md", "LICENSE", "PKG-INFO"),
@@ -25,6 +29,7 @@ NEEDED = (
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
     *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
     "kvmlaunch/hashing/_ext.pyi",
+    *PROFILES,
 )
 JUNK = re.compile(
     r"(^|/)(__pycache__|_generated_\w+\.c|\.[a-z_]+_cache|\.tox|build|dist)(/|$)"
@@ -34,6 +39,7 @@ IN_WHEEL = (
     *("kvmlaunch/cli/__init__.py", "kvmlaunch/py.typed"),
     *("kvmlaunch/uapi/_ext.abi3.so", "kvmlaunch/softcpu/_hooks.abi3.so"),
     "kvmlaunch/hashing/_ext.abi3.so",
+    *PROFILES,
 )
 
 

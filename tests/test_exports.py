@@ -225,6 +225,8 @@ def objects() -> Iterator[dict[str, Any]]:
             "Measurement": kvmlaunch.measure(guest.plan),
             "Predictor": Predictor(),
             "PlanOptions": kvmlaunch.PlanOptions(),
+            "LegacyLaunch": kvmlaunch.plan_legacy(bytes(PAGE), "sev"),
+            "VmmProfile": kvmlaunch.load_vmm("ec2"),
             "SimPlatform": platform,
             "Trace": kvmlaunch.Trace(["exits"], print),
             "Proposal": kvmlaunch.Proposal(),
@@ -248,7 +250,7 @@ NAMES = [
     *["Guest", "New", "Started", "Finished", "Kvm", "Vm", "Vcpu", "SevDevice", "GuestMemfd"],
     *["HostMemory", "LaunchPlan", "PageRange", "Piece", "MemoryRegion", "Vmsa", "PageRecord"],
     *["Measurement", "Predictor", "PlanOptions", "SimPlatform", "RealPlatform", "Recorder"],
-    *["Trace", "Proposal", "VmsaChoice", "VmsaMode"],
+    *["Trace", "Proposal", "VmsaChoice", "VmsaMode", "LegacyLaunch", "VmmProfile"],
     *["Choice", "WitnessReport", "undecided WitnessReport", "Outcome", "Outcome without a vCPU"],
     *["empty plan", "one step", "KvmLaunchError"],
 ]

@@ -10,6 +10,7 @@ from typing import Any
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.policy import describe_policy
 from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Segment, Vmsa, describe_sev_features
+from kvmlaunch.cli.mode_options import add_svsm_options
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, Talk
 from kvmlaunch.cli.vmsa_options import as_asked
@@ -26,6 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Show what launching an image would do, step by step. Nothing is launched.",
     )
     add_image_options(parser)
+    add_svsm_options(parser)
     add_launch_options(parser, log=False)
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.set_defaults(command=_inspect)
@@ -45,6 +47,7 @@ def _as_json(plan: LaunchPlan) -> dict[str, Any]:
         "policy": f"{plan.policy:#x}",
         "sev_features": f"{plan.sev_features:#x}",
         "cbitpos": plan.cbitpos,
+        "vmm": plan.vmm or None,
         "memory": [
             {"gpa": f"{m.gpa:#x}", "size": f"{m.size:#x}", "label": m.label} for m in plan.memory
         ],
@@ -90,6 +93,9 @@ def _as_text(plan: LaunchPlan) -> str:
     lines += ["", f"SEV features {plan.sev_features:#x}: {features}"]
     if plan.cbitpos is not None:
         lines += ["", f"C-bit {plan.cbitpos}, in the page tables"]
+    if plan.vmm:
+        how = "as they are" if plan.as_given else "as KVM makes them"
+        lines += ["", f"VMM {plan.vmm}: VMSAs are measured {how}, at GPA {plan.vmsa_gpa:#x}"]
     lines += ["", *_vmsa_lines(plan)]
     return "\n".join(lines)
 

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import base64
+from collections.abc import Iterable
 
 from kvmlaunch.abi.digest import format_digest
-from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
+from kvmlaunch.abi.page import Buffer, PageType
+from kvmlaunch.cli.mode_options import add_mode_options, add_svsm_options, chosen_mode
+from kvmlaunch.cli.options import (
+    add_image_options,
+    add_launch_options,
+    choices_from,
+    plan_from,
+    refuse_overwriting,
+)
 from kvmlaunch.cli.talk import DONE, Talk
 from kvmlaunch.cli.vmsa_options import as_asked
-from kvmlaunch.images.plan import LaunchPlan
-from kvmlaunch.launch.measure import measure, page_records
+from kvmlaunch.errors import FormatError
+from kvmlaunch.images import LaunchPlan
+from kvmlaunch.images.options import lacks_snp_active
+from kvmlaunch.images.vmsas import finish_vmsas
+from kvmlaunch.launch.legacy import LEGACY_MODES, plan_legacy
+from kvmlaunch.launch.measure import firmware_digest, measure, page_records
 from kvmlaunch.launch.pagelog import open_log
+from kvmlaunch.launch.printed_report import write_whole
 
 __all__ = ["add_parser"]
 
@@ -23,20 +38,41 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Predict the SNP launch digest of an image. Needs no SNP host, no root.",
     )
     add_image_options(parser)
+    add_mode_options(parser)
+    add_svsm_options(parser)
     add_launch_options(parser)
     parser.add_argument(
         "--output-format", choices=("hex", "base64"), default="hex", help="default: hex"
+    )
+    # Where sev-snp-measure has it; without a default, which would undo the one before COMMAND.
+    parser.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="say more (on stderr)",
     )
     parser.set_defaults(command=_measure)
 
 
 def _measure(args: argparse.Namespace, talk: Talk) -> int:
+    mode = chosen_mode(args)
+    if mode in LEGACY_MODES:
+        return _legacy(args, mode)
+    if mode == "snp:ovmf-hash":
+        _check_no_log(args, mode)
+        _print_digest(firmware_digest(plan_from(args)), args)
+        return DONE
     plan = as_asked(plan_from(args), args, talk)
     talk.detail(str(plan))
+    if not plan.sev_features & 1:
+        talk.say(lacks_snp_active(plan.sev_features))
     if args.log is None and not talk.verbose:
         digest = measure(plan).digest
     else:
         digest = _page_by_page(plan, args.log, talk)
+    if args.dump_vmsa:
+        _dump(_vmsas(plan), args)
     if args.log != "-":
         print(format_digest(digest, args.output_format))
     return DONE
@@ -45,7 +81,7 @@ def _measure(args: argparse.Namespace, talk: Talk) -> int:
 def _page_by_page(plan: LaunchPlan, log_path: str | None, talk: Talk) -> bytes:
     with open_log(log_path) as log:
         log.header(plan, platform="prediction", profile="", vmsa_mode=str(plan.vmsa_mode))
-        digest, pages = bytes(48), 0
+        digest, pages = plan.start_digest, 0
         for record in page_records(plan):
             log.record(record)
             if talk.verbose:
@@ -53,3 +89,42 @@ def _page_by_page(plan: LaunchPlan, log_path: str | None, talk: Talk) -> bytes:
             digest, pages = record.digest, pages + 1
         log.finish(digest, pages)
     return digest
+
+
+def _legacy(args: argparse.Namespace, mode: str) -> int:
+    _check_no_log(args, mode)
+    if mode == "sev" and args.dump_vmsa:
+        raise FormatError("--dump-vmsa: a SEV guest has no VMSAs, see --mode seves")
+    image, options = choices_from(args)
+    launch = plan_legacy(image, mode, options)
+    if args.dump_vmsa:
+        _dump((vmsa.encode() for vmsa in launch.vmsas), args)
+    _print_digest(launch.digest(), args)
+    return DONE
+
+
+def _check_no_log(args: argparse.Namespace, mode: str) -> None:
+    if args.log is not None:
+        raise FormatError(f"--log is a log of an SNP launch, which --mode {mode} is not")
+
+
+def _print_digest(digest: bytes, args: argparse.Namespace) -> None:
+    base64_asked = args.output_format == "base64"
+    print(base64.b64encode(digest).decode() if base64_asked else digest.hex())
+
+
+def _vmsas(plan: LaunchPlan) -> Iterable[Buffer]:
+    """The VMSAs that are measured, in their order."""
+    for step in plan.steps:
+        if step.type is PageType.VMSA:
+            yield step.page(0)
+    for _, vmsa in finish_vmsas(plan):
+        yield vmsa.encode()
+
+
+def _dump(pages: Iterable[Buffer], args: argparse.Namespace) -> None:
+    named = [(f"vmsa{n}.bin", bytes(page)) for n, page in enumerate(pages)]
+    for name, _ in named:
+        refuse_overwriting(name, "--dump-vmsa", args)
+    for name, page in named:
+        write_whole(name, page)

@@ -10,29 +10,32 @@ import re
 from pathlib import Path
 
 from kvmlaunch.abi.policy import DEFAULT_POLICY, GuestPolicy, parse_policy
-from kvmlaunch.abi.reset import VCPU_TYPES, vcpu_signature
+from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
+from kvmlaunch.cli.mode_options import mode_choices
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsas_from
 from kvmlaunch.errors import FormatError, ImageError
-from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
+from kvmlaunch.images import LaunchPlan, PlanOptions, VmmProfile, load_image, load_vmm
 from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES
+from kvmlaunch.images.vmm import BUILT_IN
 
 __all__ = [
     "add_image_options",
     "add_launch_options",
+    "choices_from",
     "number",
     "plan_from",
+    "refuse_overwriting",
 ]
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _BLOB_MOST = 1 << 16
+_INPUTS = ("image", "ovmf", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file")
 _OUTPUTS = ("log", "trace_out", "report_out")
 _NOT_YET = {
-    "kernel": "kernel hashes can't be measured yet",
-    "initrd": "kernel hashes can't be measured yet",
-    "append": "kernel hashes can't be measured yet",
     "igvm": "IGVM files can't be launched yet",
 }
+_QEMU = "QEMU"
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -51,27 +54,28 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="GPA",
         help="where the vCPUs start (flat, ELF; then a PVH note doesn't count)",
     )
-    image.add_argument("--kernel", metavar="FILE", help="Linux kernel for OVMF (not yet)")
-    image.add_argument("--initrd", metavar="FILE", help="its initrd (not yet)")
-    image.add_argument("--append", metavar="TEXT", help="its command line (not yet)")
+    image.add_argument(
+        "--kernel", metavar="FILE", help="Linux kernel for OVMF, whose hash is measured"
+    )
+    image.add_argument("--initrd", metavar="FILE", help="its initrd")
+    image.add_argument("--append", metavar="TEXT", help="its command line")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--vcpus", type=number, default=1, metavar="N", help="default: 1")
     machine.add_argument(
         "--memory", type=size, metavar="SIZE", help="RAM, as 512M or 2G (default 256M)"
     )
-    machine.add_argument(
-        "--vcpu-type", choices=tuple(VCPU_TYPES), metavar="TYPE", help="QEMU's CPU model, EPYC-v4 …"
-    )
+    machine.add_argument("--vcpu-type", metavar="TYPE", help="QEMU's CPU model, EPYC-v4 …")
     machine.add_argument("--vcpu-sig", type=number, metavar="N", help="CPUID leaf 1 EAX itself")
     machine.add_argument("--vcpu-family", type=number, metavar="N", help="with model and stepping")
     machine.add_argument("--vcpu-model", type=number, metavar="N", help="with family and stepping")
     machine.add_argument("--vcpu-stepping", type=number, metavar="N", help="with family and model")
     machine.add_argument(
         "--vmm-type",
-        choices=("QEMU",),
-        default="QEMU",
-        help="whose register values firmware starts with (default and only one yet: QEMU)",
+        metavar="NAME|FILE.json",
+        default=_QEMU,
+        help="whose register values, page order and page types firmware is launched with: "
+        f"{', '.join(BUILT_IN)}, or a profile of yours (default: {_QEMU})",
     )
     machine.add_argument(
         "--guest-features",
@@ -120,6 +124,13 @@ def plan_from(
 
     ``cbitpos`` is what a host says, for where no option does.
     """
+    return load_image(*choices_from(args, confidential=confidential, cbitpos=cbitpos))
+
+
+def choices_from(
+    args: argparse.Namespace, *, confidential: bool = True, cbitpos: int | None = None
+) -> tuple[str, PlanOptions]:
+    """The image's path, and what the options ask for. Raises FormatError and ImageError."""
     for name, rule in _NOT_YET.items():
         if getattr(args, name) is not None:
             raise FormatError(f"--{name}: {rule}")
@@ -152,14 +163,33 @@ def plan_from(
         vmsa_mode=None if args.vmsa_mode == "sync" and vmsas else args.vmsa_mode,
         vmsas=vmsas,
         forced=args.force,
+        vmm=_vmm(args.vmm_type),
+        # Scripts pass an empty text for what they don't have.
+        kernel=args.kernel or None,
+        initrd=args.initrd or None,
+        append=args.append or None,
+        **mode_choices(args),
     )
-    return load_image(args.ovmf or args.image, options)
+    return args.ovmf or args.image, options
+
+
+def _vmm(name: str) -> VmmProfile | None:
+    return None if name.lower() == _QEMU.lower() else load_vmm(name)
+
+
+def refuse_overwriting(path: str, option: str, args: argparse.Namespace) -> None:
+    """Raise FormatError if ``path`` is a file that the launch reads."""
+    inputs = (getattr(args, name, None) for name in _INPUTS)
+    files = [*inputs, *(vmsa.split(":")[0].split("@")[0] for vmsa in args.vmsa)]
+    for other in filter(None, files):
+        if _is_same_file(path, other):
+            raise FormatError(f"{option} {path} would overwrite {other}, which is launched from")
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Opening an output empties it, so it must be no file of the launch, nor another output."""
-    inputs = (args.image, args.ovmf, args.id_block, args.id_auth)
-    taken = [(path, "which is launched from") for path in inputs if path is not None]
+    inputs = (getattr(args, name, None) for name in _INPUTS)
+    taken = [(path, "which is launched from") for path in inputs if path]
     for name in _OUTPUTS:
         path, option = getattr(args, name, None), name.replace("_", "-")
         if path is None:
@@ -200,25 +230,22 @@ def _policy(text: str) -> int:
 
 
 def _signature(args: argparse.Namespace) -> int:
+    """The CPU's signature; whoever gives it in several ways must mean one CPU."""
     parts = (args.vcpu_family, args.vcpu_model, args.vcpu_stepping)
-    given = [
-        args.vcpu_type is not None,
-        args.vcpu_sig is not None,
-        any(p is not None for p in parts),
-    ]
-    if sum(given) > 1:
+    given = set()
+    if args.vcpu_type:
+        given.add(vcpu_type_signature(args.vcpu_type))
+    if args.vcpu_sig is not None:
+        given.add(int(args.vcpu_sig))
+    if parts != (None,) * 3:
+        if None in parts:
+            raise FormatError("--vcpu-family, --vcpu-model and --vcpu-stepping go together")
+        given.add(vcpu_signature(*parts))
+    if len(given) > 1:
         raise FormatError(
             "give the CPU once: --vcpu-type, or --vcpu-sig, or --vcpu-family/-model/-stepping"
         )
-    if args.vcpu_type is not None:
-        return VCPU_TYPES[args.vcpu_type]
-    if args.vcpu_sig is not None:
-        return int(args.vcpu_sig)
-    if any(given):
-        if None in parts:
-            raise FormatError("--vcpu-family, --vcpu-model and --vcpu-stepping go together")
-        return vcpu_signature(*parts)
-    return DEFAULT_SIGNATURE
+    return next(iter(given), DEFAULT_SIGNATURE)
 
 
 def _host_data(text: str | None) -> bytes:

@@ -12,6 +12,7 @@ from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
 from kvmlaunch.cli.vmsa_options import add_proposal_option, proposal_from
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
+from kvmlaunch.launch.measure import measure
 from kvmlaunch.launch.pagelog import open_log
 from kvmlaunch.launch.printed_report import (
     MEASUREMENT,
@@ -92,7 +93,12 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.platforms import open_platform, profile_for
 
     confidential = args.vm_type == "snp"
-    plan = plan_from(args, confidential=confidential)
+    if args.kernel:
+        raise FormatError(
+            "--kernel: the kernel itself goes to OVMF by QEMU's fw_cfg, a device that this "
+            "launcher doesn't have; measure and inspect take it"
+        )
+    plan = _as_hosted(plan_from(args, confidential=confidential), talk)
     if args.ioctls and args.log is None:
         raise FormatError("--ioctls needs --log FILE")
     choice = open_platform(
@@ -151,6 +157,20 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     if args.report_out is not None and not _save_report(args.report_out, printed, digest, talk):
         return code or FAILED
     return code
+
+
+def _as_hosted(plan: LaunchPlan, talk: Talk) -> LaunchPlan:
+    """The plan with the VMSAs that this host's KVM makes, and what that changes said."""
+    hosted = plan.on_kvm()
+    if (plan.as_given, plan.vmsa_gpa) == (hosted.as_given, hosted.vmsa_gpa):
+        return plan
+    before, after = measure(plan).digest, measure(hosted).digest
+    if before != after:
+        talk.say(
+            f"{plan.vmm} has other VMSAs than KVM makes here: the launch digest is {after.hex()}, "
+            f"not {before.hex()}"
+        )
+    return hosted
 
 
 def _save_report(path: str, printed: PrintedReport, digest: bytes, talk: Talk) -> bool:

@@ -7,8 +7,10 @@ import os
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import elf, flat, ovmf
 from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.images.ovmf_table import has_table
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece, VmsaMode
 from kvmlaunch.images.source import ImageSource, open_image
+from kvmlaunch.images.vmm import VmmProfile, load_vmm
 from kvmlaunch.images.vmsas import SyncFallback, VmsaChoice, supply_vmsas, to_sync
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "Piece",
     "PlanOptions",
     "SyncFallback",
+    "VmmProfile",
     "VmsaChoice",
     "VmsaMode",
     "load_image",
+    "load_vmm",
     "open_image",
     "sniff",
     "to_sync",
@@ -47,6 +51,8 @@ def load_image(
     kind = sniff(source) if options.image_type == "auto" else options.image_type
     if kind in _NOT_YET:
         raise source.fail(f"{_NOT_YET[kind]} can't be launched yet")
+    if kind != "ovmf" and options.firmware_only:
+        raise source.fail(f"{options.firmware_only} for OVMF firmware, this image is {kind}")
     try:
         return _with_vmsas(_LOADERS[kind](source, options), options)
     except ImageError:
@@ -74,6 +80,6 @@ def sniff(source: ImageSource) -> str:
     if head[:4] == b"\x7fELF":
         return "elf"
     # A firmware volume without OVMF's table is never meant flat: the loader says what it lacks.
-    if ovmf.has_table(source) or head[0x28:0x2C] == b"_FVH":
+    if has_table(source) or head[0x28:0x2C] == b"_FVH":
         return "ovmf"
     return "flat"

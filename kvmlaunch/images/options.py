@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
+from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.vmsa import Vmsa
@@ -18,16 +21,20 @@ from kvmlaunch.images.plan import (
     ram_regions,
 )
 from kvmlaunch.images.source import ImageSource
+from kvmlaunch.images.vmm import VmmProfile
 from kvmlaunch.images.vmsas import VmsaChoice
 
 __all__ = [
+    "COMPAT",
     "DEFAULT_CBITPOS",
     "DEFAULT_MEMORY",
     "DEFAULT_SIGNATURE",
     "IMAGE_TYPES",
     "MAX_VCPUS",
+    "Blob",
     "PlanOptions",
     "build_plan",
+    "lacks_snp_active",
     "outside_memory",
 ]
 
@@ -38,10 +45,15 @@ DEFAULT_MEMORY = 256 << 20
 """RAM of a guest whose memory size nobody chose."""
 DEFAULT_SIGNATURE = 0x800F12
 """CPUID signature of QEMU's EPYC-v4, which sev-snp-measure's users mostly name."""
+COMPAT = ("sev-snp-measure",)
+"""Tools whose known bugs a plan can repeat."""
 IMAGE_TYPES = ("auto", "flat", "elf", "ovmf")
 MAX_VCPUS = 4096
 
 SNP_ACTIVE = 1
+
+Blob: TypeAlias = str | os.PathLike[str] | bytes
+"""A file to read once, from its start to its end, or its bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,13 @@ class PlanOptions:
             (``direct``).
         vmsas: VMSA pages of modes ``page`` and ``direct``; without any, vCPU 0 gets one.
         forced: the kernel may refuse the VMSAs, they aren't checked before.
+        vmm: profile of the VMM that launches firmware; None for QEMU's.
+        kernel, initrd, append: what QEMU hands to OVMF, whose hashes are measured.
+        svsm: a coconut SVSM image to launch below OVMF; ``vars_size``: bytes between the two,
+            for OVMF's variables.
+        firmware_digest: 48 bytes, the digest of firmware whose pages then aren't launched
+            (`kvmlaunch.launch.measure.firmware_digest` of the full plan).
+        compat: one of ``COMPAT``, whose known bugs are repeated.
     """
 
     image_type: str = "auto"
@@ -84,6 +103,14 @@ class PlanOptions:
     vmsa_mode: VmsaMode | str | None = None
     vmsas: tuple[VmsaChoice, ...] = ()
     forced: bool = False
+    vmm: VmmProfile | None = None
+    kernel: Blob | None = field(default=None, repr=False)
+    initrd: Blob | None = field(default=None, repr=False)
+    append: str | None = None
+    svsm: Blob | None = field(default=None, repr=False)
+    vars_size: int | None = None
+    firmware_digest: bytes | None = None
+    compat: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no launch could use."""
@@ -97,11 +124,6 @@ class PlanOptions:
             raise FormatError(f"a guest has at most {MAX_VCPUS} vCPUs, not {self.vcpus}")
         if not 32 <= self._cbitpos <= 63:
             raise FormatError(f"the C-bit is one of the address bits 32 to 63, not {self._cbitpos}")
-        if self.confidential and not self.sev_features & SNP_ACTIVE:
-            raise FormatError(
-                f"SEV features {self.sev_features:#x} lack bit 0 (SNP active), "
-                "which every SNP guest has"
-            )
         for what, value, bits in (
             ("policy", self.policy, 64),
             ("SEV features", self.sev_features, 64),
@@ -116,11 +138,47 @@ class PlanOptions:
             raise FormatError("an author key is part of the ID authentication, which is missing")
         self._check_memory()
         self._check_vmsa_mode()
+        self._check_firmware()
+
+    def _check_firmware(self) -> None:
+        for name, what in (("initrd", "an initrd"), ("append", "a kernel command line")):
+            if getattr(self, name) is not None and self.kernel is None:
+                raise FormatError(f"{what} goes with a kernel, and there is none")
+        if self.kernel is not None and self.svsm is not None:
+            raise FormatError("an SVSM is launched without kernel hashes")
+        if self.svsm is not None and self.firmware_digest is not None:
+            raise FormatError("the firmware's digest can't be given for a launch with an SVSM")
+        if (self.svsm is None) != (self.vars_size is None):
+            raise FormatError(
+                "an SVSM and the size of the variable store between it and OVMF go together"
+            )
+        if self.vars_size is not None and (self.vars_size < 0 or self.vars_size % PAGE_SIZE):
+            raise FormatError(
+                f"a variable store of {self.vars_size} bytes is not a number of 4 KiB pages"
+            )
+        if self.compat is not None and self.compat not in COMPAT:
+            raise FormatError(
+                f"unknown tool {self.compat!r} to be compatible with, known are {', '.join(COMPAT)}"
+            )
+
+    @property
+    def firmware_only(self) -> str | None:
+        """A choice that only OVMF understands, in words; None if there is none."""
+        choices = {
+            "kernel hashes are": self.kernel,
+            "an SVSM is": self.svsm,
+            "a VMM profile is": self.vmm,
+            "a firmware digest is": self.firmware_digest,
+        }
+        return next((what for what, value in choices.items() if value is not None), None)
 
     def _check_vmsa_mode(self) -> None:
         known = [mode.value for mode in VmsaMode]
         if self.vmsa_mode is not None and self.vmsa_mode not in known:
             raise FormatError(f"unknown VMSA mode {self.vmsa_mode!r}, known are {', '.join(known)}")
+        ours = self.vmsas or self.vmsa_mode in (VmsaMode.PAGE, VmsaMode.DIRECT)
+        if ours and not self.sev_features & SNP_ACTIVE:
+            raise FormatError(lacks_snp_active(self.sev_features))
         if self.vmsa_mode == VmsaMode.SYNC and self.vmsas:
             raise FormatError(
                 "in mode sync KVM makes the VMSAs: plan for mode direct, then use to_sync()"
@@ -154,6 +212,11 @@ class PlanOptions:
         return ram_regions(DEFAULT_MEMORY if self.memory is None else self.memory)
 
 
+def lacks_snp_active(sev_features: int) -> str:
+    """The sentence for SEV features that no SNP guest has."""
+    return f"SEV features {sev_features:#x} lack bit 0 (SNP active), which every SNP guest has"
+
+
 def build_plan(
     source: ImageSource,
     options: PlanOptions,
@@ -165,10 +228,12 @@ def build_plan(
     paging: bool = False,
     apic: bool = False,
     vmpls: bool = False,
+    vmm: VmmProfile | None = None,
 ) -> LaunchPlan:
     """A LaunchPlan of ``source`` with everything that the options say directly.
 
-    ``paging``: the steps hold page tables, with the options' C-bit.
+    ``paging``: the steps hold page tables, with the options' C-bit. ``vmm``: whose the vCPUs'
+    states are.
     Raises FormatError where the parts don't fit together (see ``plan.py``).
     """
     return LaunchPlan(
@@ -188,7 +253,13 @@ def build_plan(
         vmpls=vmpls,
         confidential=options.confidential,
         cbitpos=options.c_bit.bit_length() - 1 if paging and options.c_bit else None,
+        **({} if vmm is None else _of_vmm(vmm)),
+        start_digest=options.firmware_digest or bytes(DIGEST_SIZE),
     )
+
+
+def _of_vmm(vmm: VmmProfile) -> dict[str, Any]:
+    return {"vmm": vmm.name, "as_given": vmm.as_given, "vmsa_gpa": vmm.vmsa_gpa}
 
 
 def outside_memory(memory: Sequence[MemoryRegion], gpa: int, end: int) -> str | None:

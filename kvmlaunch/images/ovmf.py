@@ -1,139 +1,33 @@
-"""OVMF (edk2) firmware with SEV metadata, laid out as QEMU does.
+"""OVMF (edk2) firmware with SEV metadata, laid out as its VMM does (QEMU, unless chosen).
 
-The image ends at 4 GiB. Below its reset vector is a table of GUIDed entries, read
-backwards; one of them points to the SEV metadata, a list of guest pages that the
-firmware wants from the launch. All of this is untrusted input: every length and
-offset is checked before it is used.
+The image ends at 4 GiB. What it says about itself is read by :mod:`~.ovmf_table`, the page
+with a kernel's hashes made by :mod:`~.ovmf_hashes`. With an SVSM, :mod:`~.svsm` plans.
 """
 
 from __future__ import annotations
 
-import struct
-import uuid
-from dataclasses import dataclass
-from itertools import pairwise
-
-from kvmlaunch.abi.page import PAGE_SIZE, PageType
-from kvmlaunch.abi.reset import BSP_EIP, qemu_reset
-from kvmlaunch.images.options import PlanOptions, build_plan, outside_memory
-from kvmlaunch.images.plan import HIGH_MEMORY, LaunchPlan, MemoryRegion, PageRange, Piece
+from kvmlaunch.images.options import PlanOptions, build_plan
+from kvmlaunch.images.ovmf_hashes import hashes_page
+from kvmlaunch.images.ovmf_pages import (
+    check_sections,
+    check_size,
+    firmware_range,
+    section_ranges,
+)
+from kvmlaunch.images.ovmf_table import (
+    GOOD_BUILDS,
+    METADATA_GUID,
+    RESET_BLOCK_GUID,
+    SVSM_INFO_GUID,
+    OvmfTables,
+    parse_table,
+)
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange
 from kvmlaunch.images.source import ImageSource
+from kvmlaunch.images.svsm import plan_svsm
+from kvmlaunch.images.vmm import VmmProfile, load_vmm
 
-__all__ = [
-    "FOOTER_GUID",
-    "HASH_TABLE_GUID",
-    "METADATA_GUID",
-    "RESET_BLOCK_GUID",
-    "SVSM_INFO_GUID",
-    "OvmfEntry",
-    "OvmfSection",
-    "OvmfTables",
-    "has_table",
-    "load",
-    "parse_table",
-]
-
-MAX_SIZE = 16 << 20
-
-FOOTER_GUID = uuid.UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
-RESET_BLOCK_GUID = uuid.UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
-SECRET_AREA_GUID = uuid.UUID("4c2eb361-7d9b-4cc3-8081-127c90d3d294")
-HASH_TABLE_GUID = uuid.UUID("7255371f-3a3b-4b04-927b-1da6efa8d454")
-METADATA_GUID = uuid.UUID("dc886566-984a-4798-a75e-5585a7bf67cc")
-TDX_METADATA_GUID = uuid.UUID("e47a6535-984a-4798-865e-4685a7bf8ec2")
-SVSM_INFO_GUID = uuid.UUID("a789a612-0597-4c4b-a49f-cbb1fe9d1ddd")
-IGVM_HINTS_GUID = uuid.UUID("784fa70e-3176-4677-8a20-04b68699e374")
-
-_NAMES = {
-    FOOTER_GUID: "table footer",
-    RESET_BLOCK_GUID: "SEV-ES reset block",
-    SECRET_AREA_GUID: "SEV launch secret area",
-    HASH_TABLE_GUID: "SEV hash table",
-    METADATA_GUID: "SEV metadata",
-    TDX_METADATA_GUID: "TDX metadata",
-    SVSM_INFO_GUID: "SVSM info",
-    IGVM_HINTS_GUID: "IGVM hints",
-}
-
-# Section type -> (page type, label). Other types are ZERO pages, as in QEMU.
-_SECTION_TYPES = {
-    0x01: (PageType.ZERO, "sec-mem"),
-    0x02: (PageType.SECRETS, "secrets"),
-    0x03: (PageType.CPUID, "cpuid"),
-    0x04: (PageType.ZERO, "svsm-caa"),
-    0x10: (PageType.ZERO, "kernel-hashes"),
-}
-
-_TRAILER = struct.Struct("<H16s")  # behind an entry's data: its length, GUID
-_METADATA_HEADER = struct.Struct("<4sIII")  # "ASEV", size, version, number of sections
-_SECTION = struct.Struct("<III")  # GPA, size, type
-_TABLE_TAIL = 32  # bytes between the table and the image's end
-_GOOD_BUILDS = "use a build that supports SEV-SNP (Debian's OVMF.fd or OVMF.amdsev.fd)"
-
-
-@dataclass(frozen=True)
-class OvmfEntry:
-    """An entry of the GUIDed table: ``offset`` and ``size`` are those of its data."""
-
-    guid: uuid.UUID
-    name: str
-    offset: int
-    size: int
-
-    def __str__(self) -> str:
-        """Name and GUID."""
-        return f"{self.name} ({self.guid})"
-
-
-@dataclass(frozen=True)
-class OvmfSection:
-    """A section of the SEV metadata; ``offset`` is where the image describes it."""
-
-    index: int
-    offset: int
-    gpa: int
-    size: int
-    type: int
-
-    @property
-    def end(self) -> int:
-        """First GPA behind the section."""
-        return self.gpa + self.size
-
-    @property
-    def page_type(self) -> PageType:
-        """How the section's pages are launched."""
-        return _SECTION_TYPES.get(self.type, (PageType.ZERO, ""))[0]
-
-    @property
-    def label(self) -> str:
-        """Name of the section's type."""
-        return _SECTION_TYPES.get(self.type, (0, f"section-type-{self.type:#x}"))[1]
-
-    def __str__(self) -> str:
-        """Index, type and place, for messages."""
-        return f"metadata section {self.index} ({self.label}, {self.gpa:#x}..{self.end:#x})"
-
-
-@dataclass(frozen=True)
-class OvmfTables:
-    """What an OVMF image says about itself.
-
-    Attributes: ``entries`` (from the footer downwards, without the footer),
-    ``sections`` (in table order; empty without metadata), ``reset_eip`` (where APs
-    start, or None), ``hash_base`` and ``hash_size`` (kernel hash table, 0 where the
-    build has none).
-    """
-
-    entries: tuple[OvmfEntry, ...]
-    sections: tuple[OvmfSection, ...]
-    reset_eip: int | None
-    hash_base: int
-    hash_size: int
-
-    def find(self, guid: uuid.UUID) -> OvmfEntry | None:
-        """The entry with that GUID, or None."""
-        return next((entry for entry in self.entries if entry.guid == guid), None)
+__all__ = ["load"]
 
 
 def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
@@ -143,151 +37,52 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
             "firmware ends at 4 GiB and starts at the reset vector; "
             "it takes no load address or entry point"
         )
-    _check_size(source)
+    vmm = options.vmm or load_vmm("QEMU")
+    check_size(source)
+    if options.svsm is not None:
+        return plan_svsm(source, firmware_range(source), options, vmm)
     tables = parse_table(source)
     if options.confidential:
-        _check_launchable(source, tables, options.vcpus)
+        _check_launchable(source, tables, options.vcpus if vmm.needs_reset_block else 1)
     ram = options.ram()
-    _check_sections(source, tables.sections, ram)
-    size = len(source.data)
-    name = source.basename
-    firmware = PageRange(
-        HIGH_MEMORY - size, size, PageType.NORMAL, "firmware", name, (Piece(0, source.data, name),)
-    )
-    sections = [
-        PageRange(
-            section.gpa,
-            section.size,
-            section.page_type,
-            section.label,
-            f"{name} metadata[{section.index}]",
+    check_sections(source, tables.sections, ram)
+    hashes = hashes_page(source, tables, options, vmm)
+    firmware = firmware_range(source)
+    sections = section_ranges(source, tables.sections, vmm, hashes)
+    if options.firmware_digest is not None and vmm.pages[0] != "firmware":
+        raise source.fail(
+            f"the firmware's digest can't be given: {vmm.name} launches its metadata first"
         )
-        for section in tables.sections
-    ]
-    starts = [BSP_EIP] + [tables.reset_eip or 0] * (options.vcpus - 1)
+    known = options.firmware_digest is not None
+    steps = _in_order(vmm, [] if known else [firmware], sections)
     return build_plan(
         source,
         options,
         "ovmf",
-        memory=(*ram, MemoryRegion(firmware.gpa, size, "firmware")),
-        steps=(firmware, *sections),
-        vcpus=[
-            qemu_reset(eip, signature=options.signature, sev_features=options.sev_features)
-            for eip in starts
-        ],
+        memory=(*ram, MemoryRegion(firmware.gpa, firmware.size, "firmware")),
+        steps=steps,
+        vcpus=vmm.states(
+            options.vcpus,
+            signature=options.signature,
+            sev_features=options.sev_features,
+            # A plain VM's other vCPUs wait for a SIPI.
+            reset_eip=tables.reset_eip if options.confidential else tables.reset_eip or 0,
+        ),
         apic=True,
+        vmm=vmm,
     )
 
 
-def has_table(source: ImageSource) -> bool:
-    """True if the image ends like OVMF, with the footer of a GUIDed table."""
-    size = len(source.data)
-    return (
-        size >= _TABLE_TAIL + _TRAILER.size
-        and source.data[size - 48 : size - 32] == FOOTER_GUID.bytes_le
-    )
+def _in_order(
+    vmm: VmmProfile, firmware: list[PageRange], sections: list[PageRange]
+) -> list[PageRange]:
+    def part(step: PageRange) -> str:
+        return "cpuid" if step.label == "cpuid" and "cpuid" in vmm.pages else "metadata"
 
-
-def parse_table(source: ImageSource) -> OvmfTables:
-    """Read the GUIDed table and the SEV metadata, if there are any.
-
-    Raises ImageError if the image has no table, or one that breaks a rule.
-    """
-    if not has_table(source):
-        raise source.fail(
-            f"no GUIDed table: its footer GUID {FOOTER_GUID} is not at 48 bytes before the end, "
-            "so this is not OVMF code (SeaBIOS, qboot and OVMF_VARS files have no table); "
-            + _GOOD_BUILDS
-        )
-    entries = _walk_table(source)
-    by_guid = {entry.guid: entry for entry in entries}
-    metadata = by_guid.get(METADATA_GUID)
-    reset = by_guid.get(RESET_BLOCK_GUID)
-    hashes = by_guid.get(HASH_TABLE_GUID)
-    reset_eip = _words(source, reset, 1)[0] if reset else None
-    hash_base, hash_size = _words(source, hashes, 2) if hashes else (0, 0)
-    return OvmfTables(
-        entries=entries,
-        sections=_read_metadata(source, metadata) if metadata else (),
-        reset_eip=reset_eip,
-        hash_base=hash_base,
-        hash_size=hash_size,
-    )
-
-
-def _walk_table(source: ImageSource) -> tuple[OvmfEntry, ...]:
-    end = len(source.data) - _TABLE_TAIL - _TRAILER.size  # the footer's trailer is here
-    table_size = _TRAILER.unpack_from(source.data, end)[0]
-    start = end + _TRAILER.size - table_size
-    if table_size < _TRAILER.size or start < 0:
-        raise source.fail(
-            f"the GUIDed table's size {table_size:#x} is less than its footer or beyond the image",
-            offset=end,
-        )
-    entries: dict[uuid.UUID, OvmfEntry] = {}
-    while end > start:
-        trailer = end - _TRAILER.size
-        if trailer < start:
-            raise source.fail("a GUIDed table entry begins before its table", offset=start)
-        length, raw = _TRAILER.unpack_from(source.data, trailer)
-        guid = uuid.UUID(bytes_le=raw)
-        entry = OvmfEntry(guid, _NAMES.get(guid, "unknown"), end - length, length - _TRAILER.size)
-        if length < _TRAILER.size or entry.offset < start:
-            raise source.fail(
-                f"GUIDed table entry {entry}: length {length:#x} is less than its trailer "
-                "or beyond the table",
-                offset=trailer,
-            )
-        if guid in entries:
-            raise source.fail(f"GUIDed table entry {entry} is there twice", offset=trailer)
-        entries[guid] = entry
-        end = entry.offset
-    return tuple(entries.values())
-
-
-def _words(source: ImageSource, entry: OvmfEntry, count: int) -> tuple[int, ...]:
-    """The first ``count`` u32 of an entry."""
-    if entry.size < 4 * count:
-        raise source.fail(
-            f"GUIDed table entry {entry} has {entry.size} bytes of data, not {4 * count}",
-            offset=entry.offset,
-        )
-    return struct.unpack_from(f"<{count}I", source.data, entry.offset)
-
-
-def _read_metadata(source: ImageSource, entry: OvmfEntry) -> tuple[OvmfSection, ...]:
-    from_end = _words(source, entry, 1)[0]
-    offset = len(source.data) - from_end
-    if not _METADATA_HEADER.size <= from_end <= len(source.data):
-        raise source.fail(
-            f"the SEV metadata's place, {from_end:#x} bytes before the end, is not in the image",
-            offset=entry.offset,
-        )
-    magic, size, version, count = _METADATA_HEADER.unpack_from(source.data, offset)
-    if magic != b"ASEV":
-        raise source.fail(f"SEV metadata begins with {magic!r}, not b'ASEV'", offset=offset)
-    if version != 1:
-        raise source.fail(f"SEV metadata version {version} is not 1", offset=offset + 8)
-    if size != _METADATA_HEADER.size + count * _SECTION.size:
-        raise source.fail(
-            f"SEV metadata size {size:#x} doesn't fit its {count} sections", offset=offset + 4
-        )
-    source.slice(offset, size, "SEV metadata")
-    first = offset + _METADATA_HEADER.size
-    return tuple(
-        OvmfSection(index, at, *_SECTION.unpack_from(source.data, at))
-        for index, at in enumerate(range(first, first + count * _SECTION.size, _SECTION.size))
-    )
-
-
-def _check_size(source: ImageSource) -> None:
-    size = len(source.data)
-    if size % PAGE_SIZE or not 0 < size <= MAX_SIZE:
-        raise source.fail(
-            f"firmware of {size:#x} bytes: the size must be a multiple of 4 KiB "
-            f"and at most {MAX_SIZE >> 20} MiB",
-            offset=size,
-        )
+    steps = {"firmware": firmware}
+    for name in ("metadata", "cpuid"):
+        steps[name] = [step for step in sections if part(step) == name]
+    return [step for name in vmm.pages for step in steps[name]]
 
 
 def _check_launchable(source: ImageSource, tables: OvmfTables, vcpus: int) -> None:
@@ -300,28 +95,10 @@ def _check_launchable(source: ImageSource, tables: OvmfTables, vcpus: int) -> No
     if not tables.sections:
         raise source.fail(
             f"the GUIDed table has no SEV metadata (GUID {METADATA_GUID} with at least one "
-            f"section), so SEV-SNP can't launch this build; its entries are: {has}; {_GOOD_BUILDS}"
+            f"section), so SEV-SNP can't launch this build; its entries are: {has}; {GOOD_BUILDS}"
         )
     if vcpus > 1 and tables.reset_eip is None:
         raise source.fail(
             f"{vcpus} vCPUs need a SEV-ES reset block (GUID {RESET_BLOCK_GUID}), "
             f"which says where the second starts; this build's table has: {has}"
         )
-
-
-def _check_sections(
-    source: ImageSource, sections: tuple[OvmfSection, ...], ram: tuple[MemoryRegion, ...]
-) -> None:
-    for section in sections:
-        if section.gpa % PAGE_SIZE or section.size % PAGE_SIZE or not section.size:
-            raise source.fail(
-                f"{section} is not a positive number of 4 KiB pages", offset=section.offset
-            )
-        if section.type in (2, 3) and section.size != PAGE_SIZE:
-            raise source.fail(f"{section} must be one page", offset=section.offset)
-        if outside := outside_memory(ram, section.gpa, section.end):
-            raise source.fail(f"{section} {outside}", offset=section.offset)
-    by_gpa = sorted(sections, key=lambda section: section.gpa)
-    for left, right in pairwise(by_gpa):
-        if left.end > right.gpa:
-            raise source.fail(f"{right} overlaps {left}", offset=right.offset)

@@ -10,8 +10,9 @@ import enum
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.vmsa import Vmsa
@@ -271,6 +272,11 @@ class LaunchPlan:
         apic: the guest expects in-kernel APICs (firmware does; then HLT waits for an
             interrupt instead of ending the run), and starts its other vCPUs itself.
         vmpls: the guest runs other VMPLs than 0, which needs a host that has them.
+        vmm: name of the VMM profile whose states these are; empty for this launcher.
+        as_given: in mode sync the states are measured as they are, not as mainline KVM makes
+            VMSAs of them.
+        vmsa_gpa: where they are measured in mode sync.
+        start_digest: launch digest (48 bytes) that pages which aren't in the plan have given.
     """
 
     image: str
@@ -292,11 +298,20 @@ class LaunchPlan:
     vmsa_mode: VmsaMode = VmsaMode.SYNC
     bindings: Mapping[int, int] = field(default_factory=dict, hash=False)
     forced: bool = False
+    vmm: str = ""
+    as_given: bool = False
+    vmsa_gpa: int = SYNC_VMSA_GPA
+    start_digest: bytes = bytes(DIGEST_SIZE)
 
     def __post_init__(self) -> None:
         """Refuse parts that don't fit together."""
         if not self.vcpus:
             raise FormatError("a guest needs at least one vCPU")
+        if len(self.start_digest) != DIGEST_SIZE:
+            raise FormatError(
+                f"a launch digest is {DIGEST_SIZE} bytes, the plan's first one is "
+                f"{len(self.start_digest)}"
+            )
         check_identity(self.host_data, self.id_block, self.id_auth)
         _check_regions(self.memory)
         _check_overlaps(self.steps)
@@ -324,6 +339,10 @@ class LaunchPlan:
     def starts(self, vcpu: int) -> bool:
         """Whether the vCPU has a VMSA when the guest begins."""
         return self.vmsa_mode is VmsaMode.SYNC or vcpu in self.bindings
+
+    def on_kvm(self) -> LaunchPlan:
+        """The plan as mainline KVM launches it, whatever another VMM's VMSAs are."""
+        return replace(self, as_given=False, vmsa_gpa=SYNC_VMSA_GPA)
 
     def step_at(self, gpa: int) -> PageRange | None:
         """The page range that holds ``gpa``, or None."""

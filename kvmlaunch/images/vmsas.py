@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,12 +12,36 @@ from kvmlaunch.abi.vmsa import FieldDiff, Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.plan import LaunchPlan, PageRange, Piece, VmsaMode, free_gpa
 
-__all__ = ["BUILT", "SyncFallback", "VmsaChoice", "check_vmsas", "supply_vmsas", "to_sync"]
+__all__ = [
+    "BUILT",
+    "SyncFallback",
+    "VmsaChoice",
+    "check_vmsas",
+    "finish_vmsas",
+    "supply_vmsas",
+    "to_sync",
+]
 
 BUILT = "kvmlaunch:vmsa"
 """Origin of a VMSA that was built from a vCPU's state."""
 
 _LARGE_PAGE = 2 << 20
+
+
+def finish_vmsas(plan: LaunchPlan) -> Iterator[tuple[int, Vmsa]]:
+    """(vCPU, VMSA) that SNP_LAUNCH_FINISH measures: in mode ``sync`` one per vCPU, else none.
+
+    Raises FormatError for a state that KVM would refuse.
+    """
+    if plan.vmsa_mode is not VmsaMode.SYNC:
+        return
+    before = vmsa = None
+    for vcpu, state in enumerate(plan.vcpus):
+        if vmsa is None or state is not before:
+            made = state if plan.as_given else synced(state, sev_features=plan.sev_features)
+            # A SEV_FEATURES word that no KVM measures (bit 0 is clear) was asked for as it is.
+            before, vmsa = state, made.replace(sev_features=plan.sev_features)
+        yield vcpu, vmsa
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from kvmlaunch.errors import (
     LaunchStateError,
     MissingCapability,
 )
+from kvmlaunch.images.options import SNP_ACTIVE, lacks_snp_active
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, VmsaMode
 from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, apply_state, cbitpos
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
@@ -92,12 +93,14 @@ class Guest:
     ) -> None:
         """Build everything up to the vCPUs. Raises MissingCapability and IoctlError.
 
-        FormatError where the plan's page tables have another C-bit than the host tells.
+        FormatError where the plan's page tables have another C-bit than the host tells, and
+        for a plan that only predicts. VMSAs of another VMM are those that this KVM makes.
         A plan that isn't confidential makes a plain VM, whose pages are loaded at once.
         ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel. ``proposal``: numbers
         of the VMSA modes ``page`` and ``direct`` (else `default_proposal`).
         """
-        self.plan = plan
+        _check_launchable(plan)
+        self.plan = plan = plan.on_kvm()
         self.platform = platform
         self._proposal = default_proposal() if proposal is None else proposal
         self.records: list[PageRecord] = []
@@ -417,6 +420,15 @@ class Guest:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _check_launchable(plan: LaunchPlan) -> None:
+    if any(plan.start_digest):
+        raise FormatError(
+            "a plan that goes on from a digest lacks what gave it: it can't be launched"
+        )
+    if plan.confidential and not plan.sev_features & SNP_ACTIVE:
+        raise FormatError(lacks_snp_active(plan.sev_features))
 
 
 def _state_text(state: VcpuState) -> str:

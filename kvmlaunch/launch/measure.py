@@ -7,15 +7,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmlaunch.abi.digest import DIGEST_SIZE
-from kvmlaunch.abi.kvm_sync import synced
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.errors import FormatError
 from kvmlaunch.hashing import RECORD_SIZE, Hasher, hasher
-from kvmlaunch.images.plan import SYNC_VMSA_GPA, LaunchPlan, PageRange, VmsaMode
+from kvmlaunch.images.plan import LaunchPlan, PageRange
 from kvmlaunch.images.source import forget
+from kvmlaunch.images.vmsas import finish_vmsas
 from kvmlaunch.launch.records import PageRecord
 
-__all__ = ["Measurement", "Predictor", "finish_records", "measure", "page_records"]
+__all__ = [
+    "Measurement",
+    "Predictor",
+    "finish_records",
+    "firmware_digest",
+    "measure",
+    "page_records",
+]
 
 _RECORD_PAGES = 512  # whose records exist at a time
 _CHUNK_PAGES = 2048  # hashed in one go: what of a mapped file is in memory at a time
@@ -33,11 +41,14 @@ class Measurement:
 
 
 class Predictor:
-    """The running launch digest of one launch, and its records. ``hasher``: else the best."""
+    """The running launch digest of one launch, and its records.
 
-    def __init__(self, hasher_: Hasher | None = None) -> None:
+    ``hasher``: else the best; ``start``: digest (48 bytes) to go on from.
+    """
+
+    def __init__(self, hasher_: Hasher | None = None, *, start: bytes = bytes(DIGEST_SIZE)) -> None:
         self._hasher = hasher_ or hasher()
-        self._digest = bytes(DIGEST_SIZE)
+        self._digest = start
         self._seq = 0
         self._unforgotten = 0
 
@@ -78,11 +89,11 @@ class Predictor:
         (record,) = self.batch(step, index, 1, vcpu)
         return record
 
-    def synced_vmsa(self, vcpu: int, state: Vmsa, sev_features: int) -> PageRecord:
-        """Add the VMSA that KVM itself makes of a vCPU's state at LAUNCH_FINISH."""
-        page = synced(state, sev_features=sev_features).encode()
-        origins = iter(("kvm-sync",))
-        (record,) = self._add(PageType.VMSA, SYNC_VMSA_GPA, page, 1, origins, f"vmsa {vcpu}", vcpu)
+    def finish_vmsa(self, plan: LaunchPlan, vcpu: int, vmsa: Vmsa) -> PageRecord:
+        """Add a VMSA that SNP_LAUNCH_FINISH measures."""
+        origins = iter((f"vmm:{plan.vmm}" if plan.as_given else "kvm-sync",))
+        page, label = vmsa.encode(), f"vmsa {vcpu}"
+        (record,) = self._add(PageType.VMSA, plan.vmsa_gpa, page, 1, origins, label, vcpu)
         return record
 
     def _runs(
@@ -134,14 +145,13 @@ class Predictor:
 
 def finish_records(plan: LaunchPlan, predictor: Predictor) -> Iterator[PageRecord]:
     """What SNP_LAUNCH_FINISH adds: in mode ``sync`` a VMSA per vCPU, else nothing."""
-    if plan.vmsa_mode is VmsaMode.SYNC:
-        for vcpu, state in enumerate(plan.vcpus):
-            yield predictor.synced_vmsa(vcpu, state, plan.sev_features)
+    for vcpu, vmsa in finish_vmsas(plan):
+        yield predictor.finish_vmsa(plan, vcpu, vmsa)
 
 
 def page_records(plan: LaunchPlan) -> Iterator[PageRecord]:
     """One record per page of the plan and per VMSA, in launch order."""
-    predictor = Predictor()
+    predictor = Predictor(start=plan.start_digest)
     for step in plan.steps:
         vcpu = plan.vcpu_at(step)
         for index in range(0, step.npages, _RECORD_PAGES):
@@ -155,9 +165,23 @@ def measure(plan: LaunchPlan) -> Measurement:
 
     Raises FormatError for a vCPU state that KVM would refuse.
     """
-    predictor = Predictor()
+    predictor = Predictor(start=plan.start_digest)
     for step in plan.steps:
         predictor.extend(step)
     for _ in finish_records(plan, predictor):
         pass
     return Measurement(predictor.digest, predictor.pages)
+
+
+def firmware_digest(plan: LaunchPlan) -> bytes:
+    """The launch digest after the firmware's pages alone: `PlanOptions.firmware_digest`.
+
+    Raises FormatError for a plan without firmware.
+    """
+    predictor = Predictor()
+    for step in plan.steps:
+        if step.label == "firmware":
+            predictor.extend(step)
+    if not predictor.pages:
+        raise FormatError(f"{plan.image} ({plan.image_type}) has no pages of firmware")
+    return predictor.digest

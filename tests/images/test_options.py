@@ -30,7 +30,30 @@ def test_options_when_nothing_chosen_are_those_of_a_small_snp_guest() -> None:
         ({"memory": 8 << 30, "cbitpos": 32}, "beyond the C-bit (bit 32)"),
         ({"cbitpos": 31}, "the C-bit is one of the address bits 32 to 63, not 31"),
         ({"cbitpos": 64}, "the C-bit is one of the address bits 32 to 63, not 64"),
-        ({"sev_features": 0x20}, "SEV features 0x20 lack bit 0 (SNP active)"),
+        (
+            {"sev_features": 0x20, "vmsa_mode": "direct"},
+            "SEV features 0x20 lack bit 0 (SNP active), which every SNP guest has",
+        ),
+        ({"initrd": b""}, "an initrd goes with a kernel, and there is none"),
+        ({"append": ""}, "a kernel command line goes with a kernel, and there is none"),
+        (
+            {"kernel": b"", "svsm": b"", "vars_size": 0},
+            "an SVSM is launched without kernel hashes",
+        ),
+        (
+            {"svsm": b"", "vars_size": 0, "firmware_digest": bytes(48)},
+            "the firmware's digest can't be given for a launch with an SVSM",
+        ),
+        ({"svsm": b""}, "an SVSM and the size of the variable store between it and OVMF go"),
+        ({"vars_size": 0}, "an SVSM and the size of the variable store between it and OVMF go"),
+        (
+            {"svsm": b"", "vars_size": 100},
+            "a variable store of 100 bytes is not a number of 4 KiB pages",
+        ),
+        (
+            {"compat": "virtee"},
+            "unknown tool 'virtee' to be compatible with, known are sev-snp-measure",
+        ),
         ({"sev_features": 1 | 1 << 64}, "doesn't fit into 64 bits"),
         ({"policy": -1}, "the policy -0x1 doesn't fit into 64 bits"),
         ({"signature": 1 << 32}, "the CPU signature 0x100000000 doesn't fit into 32 bits"),

@@ -11,7 +11,7 @@ import pytest
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import ImageError
 from kvmlaunch.images import ImageSource, PlanOptions, load_image
-from kvmlaunch.images.ovmf import parse_table
+from kvmlaunch.images.ovmf_table import parse_table
 from tests.images.builders import (
     AMDSEV_SECTIONS,
     GUID_HASHES,

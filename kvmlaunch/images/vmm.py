@@ -1,0 +1,146 @@
+"""VMM profiles: what a virtual machine monitor makes of firmware, as data.
+
+Profiles that come with the package are the JSON files in ``vmms/``, each with the source
+of its values; :mod:`~.vmm_file` describes the format.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kvmlaunch.abi.page import PageType
+from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.errors import FormatError, ImageError
+
+__all__ = ["BUILT_IN", "VcpuStart", "VmmProfile", "load_vmm"]
+
+BUILT_IN = (
+    *("QEMU", "QEMU-before-6.10", "alioth", "ec2", "ec2-rdx0", "gce", "gce-genoa", "krun", "kvm"),
+)
+"""Names of the profiles in the package."""
+
+_FOLDER = Path(__file__).parent / "vmms"
+_SIZE_MOST = 1 << 20
+
+
+@dataclass(frozen=True)
+class VcpuStart:
+    """A vCPU's state before its start address and its CPU's signature are known.
+
+    Attributes: ``registers``; ``eip``, the start address, or None for that of the
+    firmware's SEV-ES reset block; ``signature``: RDX holds the CPU's.
+    """
+
+    registers: Vmsa
+    eip: int | None = None
+    signature: bool = False
+
+    def at(self, eip: int, *, signature: int, sev_features: int) -> Vmsa:
+        """The state in real mode at ``eip`` (32 bits)."""
+        return self.registers.replace(
+            cs=replace(self.registers.cs, base=eip & 0xFFFF0000),
+            rip=eip & 0xFFFF,
+            rdx=signature if self.signature else self.registers.rdx,
+            sev_features=sev_features,
+        )
+
+
+@dataclass(frozen=True)
+class VmmProfile:
+    """How a VMM launches firmware.
+
+    Attributes:
+        name, description: for people.
+        bsp, ap: start of the boot processor, and of the others; ``ap`` is None where it
+            isn't known.
+        pages: ``firmware``, ``metadata`` and perhaps ``cpuid`` (CPUID sections, which then
+            aren't among the others) in the order in which they are launched.
+        sections: section name (``other`` for types without one) -> page type.
+        kernel_hashes: the VMM launches a page of kernel hashes.
+        svsm: the VMM launches an SVSM below the firmware.
+        vmsa_gpa: GPA at which VMSAs are measured.
+        as_given: VMSAs are measured as they are; else mainline KVM makes them of the states.
+        sources: key of the profile's file -> where its values come from.
+    """
+
+    name: str
+    description: str
+    bsp: VcpuStart = field(repr=False)
+    ap: VcpuStart | None = field(repr=False)
+    pages: tuple[str, ...]
+    sections: Mapping[str, PageType] = field(hash=False)
+    kernel_hashes: bool
+    svsm: bool
+    vmsa_gpa: int
+    as_given: bool
+    sources: Mapping[str, str] = field(repr=False, hash=False)
+
+    def page_type(self, section: str) -> PageType:
+        """How a metadata section of that name is launched."""
+        return self.sections.get(section, self.sections["other"])
+
+    def states(
+        self, count: int, *, signature: int, sev_features: int, reset_eip: int | None
+    ) -> tuple[Vmsa, ...]:
+        """Start states of ``count`` vCPUs.
+
+        ``reset_eip``: start address in the firmware's SEV-ES reset block, if it has one.
+        Raises FormatError where a state isn't known.
+        """
+
+        def state(start: VcpuStart) -> Vmsa:
+            eip = reset_eip if start.eip is None else start.eip
+            if eip is None:
+                raise FormatError("the firmware has no SEV-ES reset block to start vCPUs at")
+            return start.at(eip, signature=signature, sev_features=sev_features)
+
+        if count == 1:
+            return (state(self.bsp),)
+        if self.ap is None:
+            raise FormatError(
+                f"the VMM profile {self.name} knows one vCPU only: what others start with is "
+                "not documented"
+            )
+        return (state(self.bsp), *(state(self.ap),) * (count - 1))
+
+    @property
+    def needs_reset_block(self) -> bool:
+        """Whether vCPUs other than the first start where the firmware says."""
+        return self.ap is not None and self.ap.eip is None
+
+
+def load_vmm(name: str) -> VmmProfile:
+    """A profile by its name, in any case, or from a file (``….json``, or a path with ``/``).
+
+    Raises FormatError for a name that isn't known, ImageError for a file that breaks a rule.
+    """
+    if name.lower().endswith(".json") or "/" in name:
+        return _read(Path(name), name)
+    known = {built_in.lower(): built_in for built_in in BUILT_IN}
+    if found := known.get(name.lower()):
+        return _read(_FOLDER / f"{found}.json", found)
+    close = [known[near] for near in difflib.get_close_matches(name.lower(), known)]
+    hint = f"; near to it: {', '.join(close)}" if close else ""
+    raise FormatError(
+        f"unknown VMM {name!r}{hint}; known are {', '.join(BUILT_IN)}, or a file NAME.json"
+    )
+
+
+def _read(path: Path, name: str) -> VmmProfile:
+    from kvmlaunch.images.vmm_file import parse_vmm
+
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_SIZE_MOST + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ImageError(name, f"can't be read: {reason or error}") from None
+    try:
+        if len(raw) > _SIZE_MOST:
+            raise FormatError("a VMM profile has at most 1 MiB")
+        return parse_vmm(raw)
+    except FormatError as error:
+        raise ImageError(name, error.rule) from None

@@ -1,0 +1,277 @@
+"""The format of VMM profiles, strictly read.
+
+A JSON object; numbers are JSON's or strings as ``"0x9b"``:
+
+| key           | value                                                                    |
+|---------------|--------------------------------------------------------------------------|
+| format        | ``kvmlaunch.vmm/1``                                                      |
+| name          | text                                                                     |
+| description   | text (optional)                                                          |
+| base          | a profile of the package, from which come all values that aren't given   |
+| pages         | ``firmware``, ``metadata`` and perhaps ``cpuid``, in launch order        |
+| sections      | ``sec-mem``, ``secrets``, ``cpuid``, ``svsm-caa``, ``kernel-hashes``,    |
+|               | ``other`` -> page type                                                   |
+| registers     | VMSA field, as ``rsi`` or ``cs.attrib`` -> value, for every vCPU;        |
+|               | ``rdx`` may be ``"signature"``, the CPU's                                |
+| bsp, ap       | the same for the first vCPU and for the others, and ``eip``:             |
+|               | ``reset-vector``, ``reset-block`` or an address; ``ap`` may be null      |
+| kernel_hashes | true if the VMM launches kernel hashes (optional: false)                 |
+| svsm          | true if it launches an SVSM below the firmware (optional: false)         |
+| vmsa_gpa      | where VMSAs are measured (optional: where KVM does)                      |
+| measured      | ``as-given`` (optional), or ``kvm``: as mainline KVM makes VMSAs of them |
+| sources       | one of these keys, or one inside -> where its values are from (optional) |
+
+What a file says goes before its base, its ``bsp`` and ``ap`` before its ``registers``.
+CS.base and RIP follow from ``eip``, SEV_FEATURES are the guest's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.abi.reset import BSP_EIP
+from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.errors import FormatError
+from kvmlaunch.images.ovmf_table import SECTION_TYPES
+from kvmlaunch.images.plan import SYNC_VMSA_GPA
+from kvmlaunch.images.vmm import BUILT_IN, VcpuStart, VmmProfile, load_vmm
+
+__all__ = ["FORMAT", "parse_vmm"]
+
+FORMAT = "kvmlaunch.vmm/1"
+
+_VALUES = (
+    *("pages", "sections", "registers", "bsp", "ap", "kernel_hashes", "svsm", "vmsa_gpa"),
+    "measured",
+)
+_KEYS = ("format", "name", "description", "base", *_VALUES, "sources")
+_NEEDED_ALONE = ("pages", "sections", "registers", "bsp", "ap")
+_SECTIONS = (*SECTION_TYPES.values(), "other")
+_ORDERS = (
+    *(("firmware", "metadata"), ("metadata", "firmware")),
+    *(("firmware", "metadata", "cpuid"), ("metadata", "firmware", "cpuid")),
+    *(("firmware", "cpuid", "metadata"), ("metadata", "cpuid", "firmware")),
+    *(("cpuid", "firmware", "metadata"), ("cpuid", "metadata", "firmware")),
+)
+_PAGE_TYPES = {kind.name: kind for kind in PageType if kind is not PageType.VMSA}
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
+_ELSEWHERE = {
+    "cs.base": "it follows from eip",
+    "rip": "it follows from eip",
+    "sev_features": "it is the guest's (--guest-features)",
+    "cs": "name its parts, as cs.attrib",
+}
+_GPA_BITS = 52
+
+
+def parse_vmm(raw: bytes) -> VmmProfile:
+    """A profile from its file's bytes. Raises FormatError, which names key and rule."""
+    found = _object("the file", _json(raw), _KEYS)
+    if found.get("format") != FORMAT:
+        raise FormatError(f"format: {found.get('format')!r} is not {FORMAT!r}")
+    base = _base(found)
+    if base is None:
+        for key in _NEEDED_ALONE:
+            if key not in found:
+                raise FormatError(f"{key}: missing, and there is no base that has it")
+    registers = _registers("registers", found.get("registers", {}))
+    bsp = _start("bsp", found, registers, base.bsp if base else VcpuStart(Vmsa(), BSP_EIP))
+    ap_base = base.ap if base else VcpuStart(Vmsa())
+    ap = _start("ap", found, registers, ap_base)
+    if bsp is None:
+        raise FormatError("bsp: null, but every guest has a first vCPU")
+    return VmmProfile(
+        name=_text("name", found.get("name")),
+        description=_text("description", found.get("description", "")),
+        bsp=bsp,
+        ap=ap,
+        pages=_pages(found["pages"]) if "pages" in found else _of(base).pages,
+        sections=_sections(found.get("sections", {}), base),
+        kernel_hashes=_flag(found, "kernel_hashes", base is not None and base.kernel_hashes),
+        svsm=_flag(found, "svsm", base is not None and base.svsm),
+        vmsa_gpa=_gpa(found["vmsa_gpa"])
+        if "vmsa_gpa" in found
+        else (base.vmsa_gpa if base else SYNC_VMSA_GPA),
+        as_given=_as_given(found["measured"])
+        if "measured" in found
+        else (base is None or base.as_given),
+        sources={**(base.sources if base else {}), **_sources(found.get("sources", {}))},
+    )
+
+
+def _json(raw: bytes) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise FormatError(f"{twice}: it is there twice")
+        return made
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except FormatError:
+        raise
+    except json.JSONDecodeError as error:
+        raise FormatError(f"not JSON: line {error.lineno}: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise FormatError(f"not JSON: {error}") from None
+
+
+def _base(found: Mapping[str, Any]) -> VmmProfile | None:
+    if "base" not in found:
+        return None
+    name = _text("base", found["base"])
+    if name not in BUILT_IN:
+        raise FormatError(f"base: {name!r} is none of {', '.join(BUILT_IN)}")
+    return load_vmm(name)
+
+
+def _of(base: VmmProfile | None) -> VmmProfile:
+    assert base is not None  # else the key would be missing
+    return base
+
+
+def _start(
+    key: str,
+    found: Mapping[str, Any],
+    common: dict[str, int | bytes | None],
+    base: VcpuStart | None,
+) -> VcpuStart | None:
+    own = found.get(key, {})
+    if own is None:
+        return None
+    if base is None:
+        if not own:
+            return None
+        raise FormatError(f"{key}: the base doesn't know it, so it can't be changed")
+    own = dict(_object(key, own, None))
+    eip = _eip(f"{key}.eip", own.pop("eip")) if "eip" in own else base.eip
+    state, signature = base.registers, base.signature
+    for where, registers in (("registers", common), (key, _registers(key, own))):
+        for name, value in registers.items():
+            if name == "rdx":
+                signature = value is None
+            try:
+                state = state.with_field(name, 0 if value is None else value)
+            except FormatError as error:
+                raise FormatError(f"{where}.{name}: {error.rule}") from None
+    return replace(base, registers=state, eip=eip, signature=signature)
+
+
+def _registers(key: str, value: Any) -> dict[str, int | bytes | None]:
+    """Field -> value; None is the CPU's signature."""
+    found: dict[str, int | bytes | None] = {}
+    for name, text in _object(key, value, None).items():
+        where = f"{key}.{name}"
+        if name in _ELSEWHERE:
+            raise FormatError(f"{where}: can't be given, {_ELSEWHERE[name]}")
+        if name == "rdx" and text == "signature":
+            found[name] = None
+        elif name.startswith("fpreg_"):
+            found[name] = _hex(where, text)
+        else:
+            found[name] = _number(where, text)
+    return found
+
+
+def _eip(key: str, value: Any) -> int | None:
+    if value == "reset-block":
+        return None
+    if value == "reset-vector":
+        return BSP_EIP
+    return _fits(key, _number(key, value), 32)
+
+
+def _pages(value: Any) -> tuple[str, ...]:
+    order = tuple(value) if isinstance(value, list) else ()
+    if order not in _ORDERS:
+        raise FormatError(
+            "pages: not a list of 'firmware', 'metadata' and perhaps 'cpuid' in their order"
+        )
+    return order
+
+
+def _sections(value: Any, base: VmmProfile | None) -> dict[str, PageType]:
+    found = dict(base.sections) if base else {}
+    for name, kind in _object("sections", value, _SECTIONS).items():
+        if not isinstance(kind, str) or kind not in _PAGE_TYPES:
+            raise FormatError(f"sections.{name}: {kind!r} is none of {', '.join(_PAGE_TYPES)}")
+        found[name] = _PAGE_TYPES[kind]
+    for name in _SECTIONS:
+        if name not in found:
+            raise FormatError(f"sections.{name}: missing, and there is no base that has it")
+    return found
+
+
+def _flag(found: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = found.get(key, default)
+    if not isinstance(value, bool):
+        raise FormatError(f"{key}: {value!r} is not true or false")
+    return value
+
+
+def _gpa(value: Any) -> int:
+    gpa = _fits("vmsa_gpa", _number("vmsa_gpa", value), _GPA_BITS)
+    if gpa % PAGE_SIZE:
+        raise FormatError(f"vmsa_gpa: {gpa:#x} is not aligned to 4 KiB")
+    return gpa
+
+
+def _as_given(value: Any) -> bool:
+    if value not in ("as-given", "kvm"):
+        raise FormatError(f"measured: {value!r} is not 'as-given' or 'kvm'")
+    return bool(value == "as-given")
+
+
+def _sources(value: Any) -> dict[str, str]:
+    sources = {}
+    for key, text in _object("sources", value, None).items():
+        if key.split(".")[0] not in _VALUES:
+            raise FormatError(f"sources.{key}: a profile has no such value")
+        sources[key] = _text(f"sources.{key}", text)
+    return sources
+
+
+def _object(key: str, value: Any, known: tuple[str, ...] | None) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise FormatError(f"{key}: not a JSON object")
+    for name in value:
+        if known is not None and name not in known:
+            where = name if key == "the file" else f"{key}.{name}"
+            raise FormatError(f"{where}: unknown key, known are {', '.join(known)}")
+    return value
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or (key == "name" and not value):
+        raise FormatError(f"{key}: {'missing' if value is None else f'{value!r} is not a text'}")
+    return value
+
+
+def _number(key: str, value: Any) -> int:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        return int(value, 16 if value[:2] in ("0x", "0X") else 10)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise FormatError(f"{key}: {value!r} is not a number")
+
+
+def _fits(key: str, value: int, bits: int) -> int:
+    if not 0 <= value < 1 << bits:
+        raise FormatError(f"{key}: {value:#x} does not fit in {bits} bits")
+    return value
+
+
+def _hex(key: str, value: Any) -> bytes:
+    try:
+        if isinstance(value, str):
+            return bytes.fromhex(value.removeprefix("0x"))
+    except ValueError:
+        pass
+    raise FormatError(f"{key}: {value!r} is not hex")

@@ -7,6 +7,7 @@ of its values; :mod:`~.vmm_file` describes the format.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,12 +122,17 @@ def load_vmm(name: str) -> VmmProfile:
         return _read(Path(name), name)
     known = {built_in.lower(): built_in for built_in in BUILT_IN}
     if found := known.get(name.lower()):
-        return _read(_FOLDER / f"{found}.json", found)
+        return _built_in(found)
     close = [known[near] for near in difflib.get_close_matches(name.lower(), known)]
     hint = f"; near to it: {', '.join(close)}" if close else ""
     raise FormatError(
         f"unknown VMM {name!r}{hint}; known are {', '.join(BUILT_IN)}, or a file NAME.json"
     )
+
+
+@functools.cache
+def _built_in(name: str) -> VmmProfile:
+    return _read(_FOLDER / f"{name}.json", name)
 
 
 def _read(path: Path, name: str) -> VmmProfile:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -67,13 +68,14 @@ _ELSEWHERE = {
     "cs": "name its parts, as cs.attrib",
 }
 _GPA_BITS = 52
+_NAME_MOST = 40
 
 
 def parse_vmm(raw: bytes) -> VmmProfile:
     """A profile from its file's bytes. Raises FormatError, which names key and rule."""
     found = _object("the file", _json(raw), _KEYS)
     if found.get("format") != FORMAT:
-        raise FormatError(f"format: {found.get('format')!r} is not {FORMAT!r}")
+        raise FormatError(f"format: {_shown(found.get('format'))} is not {FORMAT!r}")
     base = _base(found)
     if base is None:
         for key in _NEEDED_ALONE:
@@ -110,7 +112,7 @@ def _json(raw: bytes) -> Any:
         if len(made) < len(pairs):
             names = [key for key, _ in pairs]
             twice = next(key for key in names if names.count(key) > 1)
-            raise FormatError(f"{twice}: it is there twice")
+            raise FormatError(f"{_name(twice)}: it is there twice")
         return made
 
     try:
@@ -128,7 +130,7 @@ def _base(found: Mapping[str, Any]) -> VmmProfile | None:
         return None
     name = _text("base", found["base"])
     if name not in BUILT_IN:
-        raise FormatError(f"base: {name!r} is none of {', '.join(BUILT_IN)}")
+        raise FormatError(f"base: {_shown(name)} is none of {', '.join(BUILT_IN)}")
     return load_vmm(name)
 
 
@@ -168,7 +170,9 @@ def _registers(key: str, value: Any) -> dict[str, int | bytes | None]:
     """Field -> value; None is the CPU's signature."""
     found: dict[str, int | bytes | None] = {}
     for name, text in _object(key, value, None).items():
-        where = f"{key}.{name}"
+        where = f"{key}.{_name(name)}"
+        if name != _name(name):
+            raise FormatError(f"{where}: no name of a VMSA field")
         if name in _ELSEWHERE:
             raise FormatError(f"{where}: can't be given, {_ELSEWHERE[name]}")
         if name == "rdx" and text == "signature":
@@ -201,7 +205,9 @@ def _sections(value: Any, base: VmmProfile | None) -> dict[str, PageType]:
     found = dict(base.sections) if base else {}
     for name, kind in _object("sections", value, _SECTIONS).items():
         if not isinstance(kind, str) or kind not in _PAGE_TYPES:
-            raise FormatError(f"sections.{name}: {kind!r} is none of {', '.join(_PAGE_TYPES)}")
+            raise FormatError(
+                f"sections.{name}: {_shown(kind)} is none of {', '.join(_PAGE_TYPES)}"
+            )
         found[name] = _PAGE_TYPES[kind]
     for name in _SECTIONS:
         if name not in found:
@@ -212,7 +218,7 @@ def _sections(value: Any, base: VmmProfile | None) -> dict[str, PageType]:
 def _flag(found: Mapping[str, Any], key: str, default: bool) -> bool:
     value = found.get(key, default)
     if not isinstance(value, bool):
-        raise FormatError(f"{key}: {value!r} is not true or false")
+        raise FormatError(f"{key}: {_shown(value)} is not true or false")
     return value
 
 
@@ -225,7 +231,7 @@ def _gpa(value: Any) -> int:
 
 def _as_given(value: Any) -> bool:
     if value not in ("as-given", "kvm"):
-        raise FormatError(f"measured: {value!r} is not 'as-given' or 'kvm'")
+        raise FormatError(f"measured: {_shown(value)} is not 'as-given' or 'kvm'")
     return bool(value == "as-given")
 
 
@@ -233,8 +239,8 @@ def _sources(value: Any) -> dict[str, str]:
     sources = {}
     for key, text in _object("sources", value, None).items():
         if key.split(".")[0] not in _VALUES:
-            raise FormatError(f"sources.{key}: a profile has no such value")
-        sources[key] = _text(f"sources.{key}", text)
+            raise FormatError(f"sources.{_name(key)}: a profile has no such value")
+        sources[key] = _text(f"sources.{_name(key)}", text)
     return sources
 
 
@@ -243,14 +249,26 @@ def _object(key: str, value: Any, known: tuple[str, ...] | None) -> Mapping[str,
         raise FormatError(f"{key}: not a JSON object")
     for name in value:
         if known is not None and name not in known:
-            where = name if key == "the file" else f"{key}.{name}"
+            where = _name(name) if key == "the file" else f"{key}.{_name(name)}"
             raise FormatError(f"{where}: unknown key, known are {', '.join(known)}")
     return value
 
 
+def _name(key: str) -> str:
+    """A key for a message: as it is, unless it's long or has what doesn't print."""
+    return key if key.isprintable() and len(key) <= _NAME_MOST else reprlib.repr(key)
+
+
+def _shown(value: object) -> str:
+    text = reprlib.repr(value)
+    return text if len(text) <= _NAME_MOST else f"{text[:_NAME_MOST]}..."
+
+
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str) or (key == "name" and not value):
-        raise FormatError(f"{key}: {'missing' if value is None else f'{value!r} is not a text'}")
+        raise FormatError(
+            f"{key}: {'missing' if value is None else f'{_shown(value)} is not a text'}"
+        )
     return value
 
 
@@ -259,7 +277,7 @@ def _number(key: str, value: Any) -> int:
         return int(value, 16 if value[:2] in ("0x", "0X") else 10)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise FormatError(f"{key}: {value!r} is not a number")
+    raise FormatError(f"{key}: {_shown(value)} is not a number")
 
 
 def _fits(key: str, value: int, bits: int) -> int:
@@ -274,4 +292,4 @@ def _hex(key: str, value: Any) -> bytes:
             return bytes.fromhex(value.removeprefix("0x"))
     except ValueError:
         pass
-    raise FormatError(f"{key}: {value!r} is not hex")
+    raise FormatError(f"{key}: {_shown(value)} is not hex")

@@ -16,6 +16,11 @@
 #include "hashing.h"
 #include "sha384.h"
 
+/* KL_HASH_PORTABLE leaves out what other machines haven't got. */
+#if defined(__x86_64__) && !defined(KL_HASH_PORTABLE)
+#define WITH_X86
+#endif
+
 #define BLOCK_PAGES 32
 #define MAX_BLOCKS (KL_HASH_MAX_PAGES / BLOCK_PAGES)
 #define MAX_THREADS 64
@@ -50,7 +55,7 @@ typedef void chain_fn(uint64_t digest[DIGEST_WORDS], uint64_t info, uint64_t gpa
 #include "sha384_block.h"
 #undef NAME
 #undef TARGET
-#ifdef __x86_64__
+#ifdef WITH_X86
 #define NAME(x) x##_bmi2
 #define TARGET __attribute__((target("bmi,bmi2")))
 #include "sha384_block.h"
@@ -62,7 +67,7 @@ typedef void chain_fn(uint64_t digest[DIGEST_WORDS], uint64_t info, uint64_t gpa
 #undef LANES
 #undef GATHER
 
-#ifdef __x86_64__
+#ifdef WITH_X86
 #define WORD four_words
 #define LANES 4
 #define GATHER(pages, at) ((WORD){ LOAD(pages, 0, at), LOAD(pages, 1, at), \
@@ -99,7 +104,7 @@ struct backend {
 };
 
 static const struct backend backends[] = {
-#ifdef __x86_64__
+#ifdef WITH_X86
 	{ "avx512", 8, hash_pages_avx512, hash_pages_bmi2, chain_bmi2 },
 	{ "avx2", 4, hash_pages_avx2, hash_pages_bmi2, chain_bmi2 },
 #endif
@@ -111,7 +116,7 @@ static const struct backend backends[] = {
 /* The first of them that works here. */
 static int first_backend(void)
 {
-#ifdef __x86_64__
+#ifdef WITH_X86
 	bool bmi = __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 
 	if (bmi && __builtin_cpu_supports("avx512f"))

@@ -9,11 +9,11 @@ for record in guest.finish(): ...   # SNP_LAUNCH_FINISH, a record per VMSA that 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.errors import (
     ClosedError,
     FormatError,
@@ -351,8 +351,11 @@ class Guest:
             address = address_of(ffi.from_buffer(direct))
             if address % PAGE_SIZE == 0:
                 return address
-        at, cpuid = 0, step.type is PageType.CPUID
-        for data in [snp_cpuid_page(self._bsp_cpuid)] * count if cpuid else step.runs(index, count):
+        pages: Iterable[Buffer] = step.runs(index, count)
+        if step.type is PageType.CPUID:
+            pages = [snp_cpuid_page(self._bsp_cpuid)] * count
+        at = 0
+        for data in pages:
             staging.view[at : at + len(data)] = data
             at += len(data)
         return staging.address

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvmlaunch import hashing
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
-from kvmlaunch.hashing import RECORD_SIZE, Hasher, hasher
+from kvmlaunch.hashing import RECORD_SIZE
 from kvmlaunch.images.plan import LaunchPlan, PageRange
 from kvmlaunch.images.source import forget
 from kvmlaunch.images.vmsas import finish_vmsas
@@ -46,8 +47,10 @@ class Predictor:
     ``hasher``: else the best; ``start``: digest (48 bytes) to go on from.
     """
 
-    def __init__(self, hasher_: Hasher | None = None, *, start: bytes = bytes(DIGEST_SIZE)) -> None:
-        self._hasher = hasher_ or hasher()
+    def __init__(
+        self, hasher: hashing.Hasher | None = None, *, start: bytes = bytes(DIGEST_SIZE)
+    ) -> None:
+        self._hasher = hasher or hashing.hasher()
         self._digest = start
         self._seq = 0
         self._unforgotten = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmlaunch.hashing import backends
 from tests.cli.command import Cli, spawn
 from tests.images.builders import ovmf as synthetic_ovmf
 
@@ -167,3 +168,35 @@ def test_measure_needs_no_compiled_extension(halt: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=30
     )
     assert (done.returncode, done.stdout) == (0, expected_halt().hex() + "\n")
+
+
+@pytest.mark.parametrize("name", backends())
+def test_measure_with_each_way_of_hashing_prints_the_same(
+    cli: Cli, halt: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("KVMLAUNCH_HASH", name)
+    assert cli("measure", halt).out == expected_halt().hex() + "\n"
+
+
+def test_measure_with_an_unknown_way_of_hashing_names_those_there_are(
+    cli: Cli, halt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMLAUNCH_HASH", "md5")
+    done = cli("measure", halt)
+    assert (done.code, done.out, len(done.err.splitlines())) == (1, "", 1)
+    (sentence,) = done.errors
+    assert "KVMLAUNCH_HASH=md5" in sentence
+    assert sentence.endswith("hashlib")
+
+
+def test_measure_of_standard_input_is_that_of_the_file(halt: Path) -> None:
+    done = spawn("measure", "/dev/stdin", input=halt.read_bytes())
+    assert (done.code, done.out) == (0, expected_halt().hex() + "\n")
+
+
+def test_measure_of_a_pipe_that_was_cut_off_is_one_sentence(guests: Path) -> None:
+    image = (guests / "hello.elf").read_bytes()
+    done = spawn("measure", "/dev/stdin", input=image[: len(image) // 2])
+    assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert done.errors[0].startswith("kvmlaunch: /dev/stdin: ")
+    assert "the file at" in done.errors[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import resource
+import shutil
+import subprocess
 import threading
 import time
 from math import isqrt
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvmlaunch import hashing
+from kvmlaunch.hashing.hasher import _batches
 
 PAGE = 4096
 ZERO = bytes(48)
@@ -61,6 +64,21 @@ def test_start_values_when_derived_are_fractions_of_square_roots() -> None:
     """FIPS 180-4, section 5.3.4."""
     derived = [isqrt(prime << 128) % (1 << 64) for prime in primes(16)[8:]]
     assert constants("sha384_start") == derived
+
+
+def test_batches_when_cut_are_no_larger_than_c_takes() -> None:
+    from kvmlaunch.hashing._ext import lib
+
+    assert [count for _, count in _batches(10_000)] == [4096, 4096, 10_000 - 8192]
+    assert lib.KL_HASH_MAX_PAGES == 4096
+
+
+def test_source_when_the_machine_is_no_x86_compiles(tmp_path: Path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("there is no cc")
+    words = ["cc", "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-DKL_HASH_PORTABLE", "-c"]
+    source = SOURCE.with_name("hashing.c")
+    subprocess.run([*words, "-o", tmp_path / "hashing.o", source], check=True, timeout=60)
 
 
 def test_gil_when_pages_are_hashed_is_free(hasher: hashing.Hasher) -> None:

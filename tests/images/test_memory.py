@@ -120,6 +120,20 @@ def test_measure_when_the_image_is_large_keeps_little_of_it(tmp_path: Path, back
     assert int(kib) < 20 << 10
 
 
+def test_measure_when_a_large_image_comes_from_a_pipe_keeps_little_of_it() -> None:
+    """64 MiB by standard input."""
+    measured = subprocess.Popen(
+        [sys.executable, "-c", MEASURE, "/dev/stdin"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert measured.stdin is not None
+    for page in range(16384):
+        measured.stdin.write(page.to_bytes(4, "little") * 1024)
+    out, _ = measured.communicate(timeout=50)
+    assert int(out.split()[2]) < 20 << 10
+
+
 class TestRuns:
     """PageRange.runs: the same bytes as page by page, in few buffers."""
 

@@ -101,14 +101,12 @@ def test_plan_when_bss_is_1_gib_stays_small() -> None:
 
 @pytest.mark.parametrize("backend", backends())
 def test_measure_when_the_image_is_large_keeps_little_of_it(tmp_path: Path, backend: str) -> None:
-    """256 MiB, each page another one; also with a page log."""
+    """256 MiB (a hole, so that the disk keeps nothing of it); also with a page log."""
     path = tmp_path / "large.bin"
-    pages = 65536 if backend != "hashlib" else 8192
     with path.open("wb") as file:
-        for page in range(pages):
-            file.write(page.to_bytes(4, "little") * 1024)
+        file.truncate(256 << 20)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, path, *(["/dev/null"] if backend != "hashlib" else [])],
+        [sys.executable, "-c", MEASURE, path, "/dev/null"],
         env={**os.environ, "KVMLAUNCH_HASH": backend},
         capture_output=True,
         text=True,
@@ -116,7 +114,7 @@ def test_measure_when_the_image_is_large_keeps_little_of_it(tmp_path: Path, back
         check=True,
     )
     _, records, kib = done.stdout.split()
-    assert int(records) in (0, pages + 1)
+    assert int(records) == 65536 + 1
     assert int(kib) < 20 << 10
 
 

@@ -46,52 +46,44 @@ typedef void hash_pages_fn(const uint8_t *const pages[], uint8_t *const out[],
 typedef void chain_fn(uint64_t digest[DIGEST_WORDS], uint64_t info, uint64_t gpa,
 		      const uint8_t *contents, size_t npages, size_t step, uint8_t *records);
 
-#define WORD uint64_t
-#define LANES 1
-#define GATHER(pages, at) load_be64((pages)[0] + (at))
-#define WITH_CHAIN
+#define LOAD(pages, lane, at) load_be64((pages)[lane] + (at))
+
 #define NAME(x) x##_portable
 #define TARGET
+#define WORD uint64_t
+#define LANES 1
+#define GATHER(pages, at) LOAD(pages, 0, at)
+#define WITH_CHAIN
 #include "sha384_block.h"
-#undef NAME
-#undef TARGET
-#ifdef WITH_X86
-#define NAME(x) x##_bmi2
-#define TARGET __attribute__((target("bmi,bmi2")))
-#include "sha384_block.h"
-#undef NAME
-#undef TARGET
-#endif
-#undef WITH_CHAIN
-#undef WORD
-#undef LANES
-#undef GATHER
 
 #ifdef WITH_X86
+typedef uint64_t four_words __attribute__((vector_size(32)));
+typedef uint64_t eight_words __attribute__((vector_size(64)));
+
+#define NAME(x) x##_bmi2
+#define TARGET __attribute__((target("bmi,bmi2")))
+#define WORD uint64_t
+#define LANES 1
+#define GATHER(pages, at) LOAD(pages, 0, at)
+#define WITH_CHAIN
+#include "sha384_block.h"
+
+#define NAME(x) x##_avx2
+#define TARGET __attribute__((target("avx2")))
 #define WORD four_words
 #define LANES 4
 #define GATHER(pages, at) ((WORD){ LOAD(pages, 0, at), LOAD(pages, 1, at), \
 				   LOAD(pages, 2, at), LOAD(pages, 3, at) })
-#define LOAD(pages, lane, at) load_be64((pages)[lane] + (at))
-#define NAME(x) x##_avx2
-#define TARGET __attribute__((target("avx2")))
-typedef uint64_t four_words __attribute__((vector_size(32)));
 #include "sha384_block.h"
-#undef NAME
-#undef TARGET
-#undef WORD
-#undef LANES
-#undef GATHER
 
+#define NAME(x) x##_avx512
+#define TARGET __attribute__((target("avx512f")))
 #define WORD eight_words
 #define LANES 8
 #define GATHER(pages, at) ((WORD){ LOAD(pages, 0, at), LOAD(pages, 1, at), \
 				   LOAD(pages, 2, at), LOAD(pages, 3, at), \
 				   LOAD(pages, 4, at), LOAD(pages, 5, at), \
 				   LOAD(pages, 6, at), LOAD(pages, 7, at) })
-#define NAME(x) x##_avx512
-#define TARGET __attribute__((target("avx512f")))
-typedef uint64_t eight_words __attribute__((vector_size(64)));
 #include "sha384_block.h"
 #endif
 

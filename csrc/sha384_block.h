@@ -6,6 +6,8 @@
  *   WORD       uint64_t, or a vector of them: several pages side by side
  *   LANES      how many
  *   GATHER(pages, at)  the big-endian word at byte `at` of each page
+ *   WITH_CHAIN where the launch digest is wanted as well
+ * They are unset at the end.
  */
 
 static inline __attribute__((always_inline)) TARGET void
@@ -113,3 +115,10 @@ static TARGET void NAME(chain)(uint64_t digest[DIGEST_WORDS], uint64_t info, uin
 	}
 }
 #endif
+
+#undef NAME
+#undef TARGET
+#undef WORD
+#undef LANES
+#undef GATHER
+#undef WITH_CHAIN

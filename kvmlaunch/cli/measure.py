@@ -24,7 +24,6 @@ from kvmlaunch.images.options import lacks_snp_active
 from kvmlaunch.images.vmsas import finish_vmsas
 from kvmlaunch.launch.legacy import LEGACY_MODES, plan_legacy
 from kvmlaunch.launch.measure import firmware_digest, measure, page_records
-from kvmlaunch.launch.pagelog import open_log
 from kvmlaunch.launch.printed_report import write_whole
 
 __all__ = ["add_parser"]
@@ -79,6 +78,8 @@ def _measure(args: argparse.Namespace, talk: Talk) -> int:
 
 
 def _page_by_page(plan: LaunchPlan, log_path: str | None, talk: Talk) -> bytes:
+    from kvmlaunch.launch.pagelog import open_log
+
     with open_log(log_path) as log:
         log.header(plan, platform="prediction", profile="", vmsa_mode=str(plan.vmsa_mode))
         digest, pages = plan.start_digest, 0

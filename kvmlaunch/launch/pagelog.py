@@ -7,8 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
+from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.images.plan import LaunchPlan
 from kvmlaunch.images.source import forget
@@ -22,6 +24,11 @@ __all__ = ["LogError", "NullLog", "PageLog", "open_log"]
 
 SCHEMA = "kvmlaunch.log/1"
 _FLUSH_BYTES = 1 << 16
+# What json.dumps makes of the event, in a quarter of the time.
+_PAGE_LINE = (
+    '{"event":"page","seq":%d,"gpa":"%#x","type":"%s","contents":"%s","digest":"%s",'
+    '"origin":%s,"label":%s}\n'
+)
 _READ_BYTES = 8 << 20  # of a mapped file, in memory at a time
 
 
@@ -66,7 +73,7 @@ class PageLog:
 
     def record(self, record: PageRecord) -> None:
         """A measured page or VMSA."""
-        self._add(record.to_line())
+        self._add(_line(record))
 
     def call(self, call: Call) -> None:
         """A system call of the launch."""
@@ -98,7 +105,7 @@ class PageLog:
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Add one event."""
-        self._add(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+        self._add(_json_line(event))
 
     def _add(self, line: bytes) -> None:
         self._buffer += line
@@ -142,6 +149,26 @@ class PageLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _line(record: PageRecord) -> bytes:
+    """The line of a record; a large image has very many of them."""
+    if record.type is PageType.VMSA:
+        return _json_line(record.to_event())
+    line = _PAGE_LINE % (
+        record.seq,
+        record.gpa,
+        record.type.name,
+        record.contents.hex(),
+        record.digest.hex(),
+        encode_basestring_ascii(record.origin),
+        encode_basestring_ascii(record.label),
+    )
+    return line.encode("ascii")
+
+
+def _json_line(event: Mapping[str, Any]) -> bytes:
+    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
 
 
 def _sha256(data: memoryview) -> str:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from kvmlaunch.abi.page import PageType
 
 __all__ = ["PageRecord"]
-
-_PAGE_LINE = (
-    '{"event":"page","seq":%d,"gpa":"%#x","type":"%s","contents":"%s","digest":"%s",'
-    '"origin":%s,"label":%s}\n'
-)
 
 
 @dataclass(frozen=True)
@@ -56,22 +49,6 @@ class PageRecord:
         if self.type is not PageType.VMSA:
             event["label"] = self.label
         return event
-
-    def to_line(self) -> bytes:
-        """The event as a line of a page log."""
-        if self.type is PageType.VMSA:
-            return json.dumps(self.to_event(), separators=(",", ":")).encode() + b"\n"
-        # A large image has very many of these, and this takes a quarter of the time.
-        line = _PAGE_LINE % (
-            self.seq,
-            self.gpa,
-            self.type.name,
-            self.contents.hex(),
-            self.digest.hex(),
-            encode_basestring_ascii(self.origin),
-            encode_basestring_ascii(self.label),
-        )
-        return line.encode("ascii")
 
     def __str__(self) -> str:
         return (

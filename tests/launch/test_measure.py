@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -356,23 +355,6 @@ def test_event_when_the_record_is_a_vmsa_names_the_vcpu_and_has_no_label() -> No
         "digest": "02" * 48,
         "origin": "kvm-sync",
     }
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"type": PageType.VMSA, "vcpu": 2},
-        {"type": PageType.VMSA, "vcpu": None},
-        {"origin": 'k\u00e4rnel "1"\n\\+0x0', "label": "\x7f\u2028"},
-        {"seq": 0, "gpa": 0, "type": PageType.CPUID},
-        {"gpa": 0xFFFFFFFFF000, "seq": 1 << 40},
-    ],
-)
-def test_line_when_written_is_the_event_as_json(changes: dict[str, Any]) -> None:
-    made = record(**changes)
-    expected = json.dumps(made.to_event(), separators=(",", ":"))
-    assert made.to_line().decode("ascii") == expected + "\n"
 
 
 def test_record_when_shown_has_gpa_type_label_and_origin() -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import FirmwareError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.measure import measure, page_records
 from kvmlaunch.launch.pagelog import LogError, NullLog, PageLog, open_log
+from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.session import Session
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.version import __version__
@@ -164,6 +166,26 @@ def test_names_when_they_are_not_ascii_are_written_as_json(tmp_path: Path) -> No
     assert found[0]["image"] == name
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"type": PageType.VMSA, "vcpu": 2},
+        {"type": PageType.VMSA, "vcpu": None},
+        {"origin": 'k\u00e4rnel "1"\n\\+0x0', "label": "\x7f\u2028"},
+        {"seq": 0, "gpa": 0, "type": PageType.CPUID},
+        {"gpa": 0xFFFFFFFFF000, "seq": 1 << 40},
+    ],
+)
+def test_record_when_written_is_its_event_as_json(changes: dict[str, Any], tmp_path: Path) -> None:
+    normal = PageRecord(3, 0x1000, PageType.NORMAL, b"\1" * 48, b"\2" * 48, "a.bin+0x0", "image")
+    record, path = replace(normal, **changes), tmp_path / "log"
+    with PageLog(str(path)) as log:
+        log.record(record)
+    expected = json.dumps(record.to_event(), separators=(",", ":"))
+    assert path.read_text("ascii") == expected + "\n"
+
+
 # Exits and calls
 
 
@@ -267,6 +289,7 @@ def test_log_when_each_step_is_done_is_on_disk(tmp_path: Path) -> None:
 CRASH = """
 import os, signal, sys
 from kvmlaunch.launch.pagelog import PageLog
+from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.session import Session
 from kvmlaunch.sim import SimPlatform
 from tests.launch.rig import plan, step

@@ -45,7 +45,7 @@ def plan_svsm(
     info = tables.find(SVSM_INFO_GUID)
     if info is None or not tables.sections:
         guid = METADATA_GUID if info else SVSM_INFO_GUID
-        raise svsm.fail(f"not an SVSM with SEV metadata: its GUIDed table has no {guid} entry")
+        raise svsm.fail(f"not an SVSM with SEV metadata: its table has no {guid} entry")
     ram = options.ram()
     check_sections(svsm, tables.sections, ram)
     eip = words(svsm, info, 1)[0] + gpa

@@ -120,13 +120,17 @@ def metadata_bytes(
 
 
 def standard_entries(
-    *, reset_eip: int | None = 0x80B004, metadata: int | None = METADATA_FROM_END
+    *,
+    reset_eip: int | None = 0x80B004,
+    metadata: int | None = METADATA_FROM_END,
+    hashes: tuple[int, int] | None = (0x810C00, 0x400),
 ) -> list[bytes]:
     """The table entries of an OVMF build, lowest first."""
     entries = []
     if metadata is not None:
         entries.append(entry_bytes(GUID_METADATA, struct.pack("<I", metadata)))
-    entries.append(entry_bytes(GUID_HASHES, struct.pack("<II", 0x810C00, 0x400)))
+    if hashes is not None:
+        entries.append(entry_bytes(GUID_HASHES, struct.pack("<II", *hashes)))
     entries.append(entry_bytes(GUID_SECRET, struct.pack("<II", 0x810000, 0xC00)))
     if reset_eip is not None:
         entries.append(entry_bytes(GUID_RESET, struct.pack("<I", reset_eip)))

@@ -14,7 +14,6 @@ svm_vcpu_reset, init_vmcb and sev_es_sync_vmsa for KVM (6.12).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -148,6 +147,8 @@ def vcpu_type_signature(name: str) -> int:
     """
     if name in VCPU_TYPES:
         return VCPU_TYPES[name]
+    import difflib  # only here
+
     names = {known.lower(): known for known in VCPU_TYPES}
     close = [names[near] for near in difflib.get_close_matches(name.lower(), names, cutoff=0.4)]
     hint = f"; near to it: {', '.join(close)}" if close else ""

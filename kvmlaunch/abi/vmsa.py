@@ -250,17 +250,29 @@ class Vmsa:
         Raises:
             FormatError: no such field, or a value of the wrong kind or size.
         """
-        head, sub = _split(name)
-        want = int if sub else type(_DEFAULTS[head])
-        if not isinstance(value, want):
-            kind = {int: "a number", bytes: "bytes", Segment: "a segment"}[want]
-            raise FormatError(f"{name} takes {kind}, not {value!r}")
-        if sub:
-            try:
-                value = dataclasses.replace(getattr(self, head), **{sub: value})
-            except FormatError as error:
-                raise FormatError(f"{head}.{error.rule}") from None
-        return self.replace(**{head: value})
+        return self.with_fields({name: value})
+
+    def with_fields(self, changes: Mapping[str, int | bytes | Segment]) -> Vmsa:
+        """Return a copy with several fields changed, by their names as in `with_field`.
+
+        Raises:
+            FormatError: no such field, or a value of the wrong kind or size.
+        """
+        changed: dict[str, Any] = {}
+        for name, value in changes.items():
+            head, sub = _split(name)
+            want = int if sub else type(_DEFAULTS[head])
+            if not isinstance(value, want):
+                kind = {int: "a number", bytes: "bytes", Segment: "a segment"}[want]
+                raise FormatError(f"{name} takes {kind}, not {value!r}")
+            if sub:
+                segment = changed.get(head, getattr(self, head))
+                try:
+                    value = dataclasses.replace(segment, **{sub: value})
+                except FormatError as error:
+                    raise FormatError(f"{head}.{error.rule}") from None
+            changed[head] = value
+        return self.replace(**changed)
 
     def __repr__(self) -> str:
         """Return an expression with the fields that are not 0."""

@@ -8,7 +8,12 @@ from collections.abc import Iterable
 
 from kvmlaunch.abi.digest import format_digest
 from kvmlaunch.abi.page import Buffer, PageType
-from kvmlaunch.cli.mode_options import add_mode_options, add_svsm_options, chosen_mode
+from kvmlaunch.cli.mode_options import (
+    LEGACY_MODES,
+    add_mode_options,
+    add_svsm_options,
+    chosen_mode,
+)
 from kvmlaunch.cli.options import (
     add_image_options,
     add_launch_options,
@@ -22,9 +27,7 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.images.options import lacks_snp_active
 from kvmlaunch.images.vmsas import finish_vmsas
-from kvmlaunch.launch.legacy import LEGACY_MODES, plan_legacy
 from kvmlaunch.launch.measure import firmware_digest, measure, page_records
-from kvmlaunch.launch.printed_report import write_whole
 
 __all__ = ["add_parser"]
 
@@ -93,6 +96,8 @@ def _page_by_page(plan: LaunchPlan, log_path: str | None, talk: Talk) -> bytes:
 
 
 def _legacy(args: argparse.Namespace, mode: str) -> int:
+    from kvmlaunch.launch.legacy import plan_legacy
+
     _check_no_log(args, mode)
     if mode == "sev" and args.dump_vmsa:
         raise FormatError("--dump-vmsa: a SEV guest has no VMSAs, see --mode seves")
@@ -124,6 +129,8 @@ def _vmsas(plan: LaunchPlan) -> Iterable[Buffer]:
 
 
 def _dump(pages: Iterable[Buffer], args: argparse.Namespace) -> None:
+    from kvmlaunch.launch.printed_report import write_whole
+
     named = [(f"vmsa{n}.bin", bytes(page)) for n, page in enumerate(pages)]
     for name, _ in named:
         refuse_overwriting(name, "--dump-vmsa", args)

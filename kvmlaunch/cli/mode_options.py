@@ -12,9 +12,17 @@ from kvmlaunch.abi.digest import parse_digest
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images.options import COMPAT
 
-__all__ = ["MODES", "add_mode_options", "add_svsm_options", "chosen_mode", "mode_choices"]
+__all__ = [
+    "LEGACY_MODES",
+    "MODES",
+    "add_mode_options",
+    "add_svsm_options",
+    "chosen_mode",
+    "mode_choices",
+]
 
 MODES = ("snp", "snp:ovmf-hash", "snp:svsm", "seves", "sev")
+LEGACY_MODES = ("seves", "sev")
 
 _CHUNK = 1 << 20
 
@@ -65,7 +73,7 @@ def chosen_mode(args: argparse.Namespace) -> str:
     mode: str = args.mode or ("snp:svsm" if svsm else "snp")
     if mode == "snp:svsm" and not svsm:
         raise FormatError("--mode snp:svsm needs --svsm FILE, and --vars-size or --vars-file")
-    if mode in ("seves", "sev") and args.snp_ovmf_hash:
+    if mode in LEGACY_MODES and args.snp_ovmf_hash:
         raise FormatError(f"--snp-ovmf-hash is for --mode snp, not for {mode}")
     if mode != "snp:svsm" and svsm:
         raise FormatError(f"--svsm is for --mode snp:svsm, not for {mode}")
@@ -96,8 +104,9 @@ def _size_of(path: str) -> int:
     """Bytes of a file, also of one that only tells them when it is read."""
     try:
         with Path(path).open("rb", buffering=0) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return os.fstat(file.fileno()).st_size
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+                return os.lseek(file.fileno(), 0, os.SEEK_END)
             size = 0
             while chunk := file.read(_CHUNK):
                 size += len(chunk)

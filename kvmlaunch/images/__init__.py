@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 from kvmlaunch.errors import FormatError, ImageError
-from kvmlaunch.images import elf, flat, ovmf
 from kvmlaunch.images.options import PlanOptions
 from kvmlaunch.images.ovmf_table import has_table
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece, VmsaMode
@@ -31,7 +31,7 @@ __all__ = [
     "to_sync",
 ]
 
-_LOADERS = {"elf": elf.load, "flat": flat.load, "ovmf": ovmf.load}
+_LOADERS = ("elf", "flat", "ovmf")  # modules; an image needs one of them
 _NOT_YET = {"igvm": "IGVM files", "linux": "Linux kernels (bzImage)"}
 
 _DEFAULTS = PlanOptions()
@@ -54,11 +54,17 @@ def load_image(
     if kind != "ovmf" and options.firmware_only:
         raise source.fail(f"{options.firmware_only} for OVMF firmware, this image is {kind}")
     try:
-        return _with_vmsas(_LOADERS[kind](source, options), options)
+        return _with_vmsas(_load(kind, source, options), options)
     except ImageError:
         raise
     except FormatError as error:
         raise source.fail(error.rule, offset=error.offset) from error
+
+
+def _load(kind: str, source: ImageSource, options: PlanOptions) -> LaunchPlan:
+    assert kind in _LOADERS
+    plan: LaunchPlan = importlib.import_module(f"{__name__}.{kind}").load(source, options)
+    return plan
 
 
 def _with_vmsas(plan: LaunchPlan, options: PlanOptions) -> LaunchPlan:

@@ -7,7 +7,6 @@ with a kernel's hashes made by :mod:`~.ovmf_hashes`. With an SVSM, :mod:`~.svsm`
 from __future__ import annotations
 
 from kvmlaunch.images.options import PlanOptions, build_plan
-from kvmlaunch.images.ovmf_hashes import hashes_page
 from kvmlaunch.images.ovmf_pages import (
     check_sections,
     check_size,
@@ -24,7 +23,6 @@ from kvmlaunch.images.ovmf_table import (
 )
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange
 from kvmlaunch.images.source import ImageSource
-from kvmlaunch.images.svsm import plan_svsm
 from kvmlaunch.images.vmm import VmmProfile, load_vmm
 
 __all__ = ["load"]
@@ -40,13 +38,15 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
     vmm = options.vmm or load_vmm("QEMU")
     check_size(source)
     if options.svsm is not None:
+        from kvmlaunch.images.svsm import plan_svsm
+
         return plan_svsm(source, firmware_range(source), options, vmm)
     tables = parse_table(source)
     if options.confidential:
         _check_launchable(source, tables, options.vcpus if vmm.needs_reset_block else 1)
     ram = options.ram()
     check_sections(source, tables.sections, ram)
-    hashes = hashes_page(source, tables, options, vmm)
+    hashes = None if options.kernel is None else _hashes_page(source, tables, options, vmm)
     firmware = firmware_range(source)
     sections = section_ranges(source, tables.sections, vmm, hashes)
     if options.firmware_digest is not None and vmm.pages[0] != "firmware":
@@ -71,6 +71,14 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
         apic=True,
         vmm=vmm,
     )
+
+
+def _hashes_page(
+    source: ImageSource, tables: OvmfTables, options: PlanOptions, vmm: VmmProfile
+) -> bytes:
+    from kvmlaunch.images.ovmf_hashes import hashes_page  # few launches need it
+
+    return hashes_page(source, tables, options, vmm)
 
 
 def _in_order(

@@ -30,13 +30,11 @@ _SYSSIZE_IS_U32 = 0x204
 
 def hashes_page(
     source: ImageSource, tables: OvmfTables, options: PlanOptions, vmm: VmmProfile
-) -> bytes | None:
-    """The page with the hashes of the options' kernel; None without one.
+) -> bytes:
+    """The page with the hashes of the options' kernel.
 
     Raises ImageError where the firmware has no place for it.
     """
-    if options.kernel is None:
-        return None
     if not vmm.kernel_hashes:
         raise source.fail(f"{vmm.name} launches no kernel hashes, so --kernel isn't measured")
     check_hashes_place(source, tables)

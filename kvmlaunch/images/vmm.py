@@ -6,7 +6,6 @@ of its values; :mod:`~.vmm_file` describes the format.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -123,6 +122,8 @@ def load_vmm(name: str) -> VmmProfile:
     known = {built_in.lower(): built_in for built_in in BUILT_IN}
     if found := known.get(name.lower()):
         return _built_in(found)
+    import difflib  # only here
+
     close = [known[near] for near in difflib.get_close_matches(name.lower(), known)]
     hint = f"; near to it: {', '.join(close)}" if close else ""
     raise FormatError(

@@ -31,12 +31,11 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.reset import BSP_EIP
-from kvmlaunch.abi.vmsa import Vmsa
+from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.ovmf_table import SECTION_TYPES
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
@@ -61,11 +60,14 @@ _ORDERS = (
 )
 _PAGE_TYPES = {kind.name: kind for kind in PageType if kind is not PageType.VMSA}
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}")
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "gdtr", "ldtr", "idtr", "tr")
+_SIZES = {field.name: field.size for field in VMSA_FIELDS if field.name not in _SEGMENTS}
+_SIZES |= {f"{name}.{part.name}": part.size for name in _SEGMENTS for part in SEGMENT_FIELDS}
 _ELSEWHERE = {
     "cs.base": "it follows from eip",
     "rip": "it follows from eip",
     "sev_features": "it is the guest's (--guest-features)",
-    "cs": "name its parts, as cs.attrib",
+    **dict.fromkeys(_SEGMENTS, "name its parts, as cs.attrib"),
 }
 _GPA_BITS = 52
 _NAME_MOST = 40
@@ -154,16 +156,10 @@ def _start(
         raise FormatError(f"{key}: the base doesn't know it, so it can't be changed")
     own = dict(_object(key, own, None))
     eip = _eip(f"{key}.eip", own.pop("eip")) if "eip" in own else base.eip
-    state, signature = base.registers, base.signature
-    for where, registers in (("registers", common), (key, _registers(key, own))):
-        for name, value in registers.items():
-            if name == "rdx":
-                signature = value is None
-            try:
-                state = state.with_field(name, 0 if value is None else value)
-            except FormatError as error:
-                raise FormatError(f"{where}.{name}: {error.rule}") from None
-    return replace(base, registers=state, eip=eip, signature=signature)
+    registers = {**common, **_registers(key, own)}
+    signature = registers["rdx"] is None if "rdx" in registers else base.signature
+    values = {name: 0 if value is None else value for name, value in registers.items()}
+    return VcpuStart(base.registers.with_fields(values), eip, signature)
 
 
 def _registers(key: str, value: Any) -> dict[str, int | bytes | None]:
@@ -175,12 +171,17 @@ def _registers(key: str, value: Any) -> dict[str, int | bytes | None]:
             raise FormatError(f"{where}: no name of a VMSA field")
         if name in _ELSEWHERE:
             raise FormatError(f"{where}: can't be given, {_ELSEWHERE[name]}")
+        if name not in _SIZES:
+            try:
+                Vmsa().with_field(name, 0)
+            except FormatError as error:
+                raise FormatError(f"{where}: {error.rule}") from None
         if name == "rdx" and text == "signature":
             found[name] = None
         elif name.startswith("fpreg_"):
-            found[name] = _hex(where, text)
+            found[name] = _hex(where, text, _SIZES[name])
         else:
-            found[name] = _number(where, text)
+            found[name] = _fits(where, _number(where, text), 8 * _SIZES[name])
     return found
 
 
@@ -286,10 +287,13 @@ def _fits(key: str, value: int, bits: int) -> int:
     return value
 
 
-def _hex(key: str, value: Any) -> bytes:
+def _hex(key: str, value: Any, size: int) -> bytes:
     try:
-        if isinstance(value, str):
-            return bytes.fromhex(value.removeprefix("0x"))
+        raw = bytes.fromhex(value.removeprefix("0x")) if isinstance(value, str) else None
     except ValueError:
-        pass
-    raise FormatError(f"{key}: {_shown(value)} is not hex")
+        raw = None
+    if raw is None:
+        raise FormatError(f"{key}: {_shown(value)} is not hex")
+    if len(raw) != size:
+        raise FormatError(f"{key}: {len(raw)} bytes, must be {size}")
+    return raw

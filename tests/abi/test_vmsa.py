@@ -217,6 +217,18 @@ def test_with_field_of_unknown_name_is_format_error(name: str) -> None:
         Vmsa().with_field(name, 0)
 
 
+def test_with_fields_of_one_segment_sets_all_its_parts() -> None:
+    start = Vmsa(cs=Segment(selector=8, base=4), rip=1)
+    found = start.with_fields({"cs.attrib": 0x9B, "rax": 5, "cs.limit": 0xFFFF})
+    assert found == Vmsa(cs=Segment(8, 0x9B, 0xFFFF, 4), rip=1, rax=5)
+    assert start.with_fields({}) == start
+
+
+def test_with_fields_of_a_wide_value_is_format_error() -> None:
+    with pytest.raises(FormatError, match="mxcsr 0x100000000 does not fit in 32 bits"):
+        Vmsa().with_fields({"rax": 1, "mxcsr": 1 << 32})
+
+
 def test_with_field_of_misspelt_name_names_a_close_one() -> None:
     with pytest.raises(FormatError, match=r"cs\.attrib"):
         Vmsa().with_field("cs.atrib", 0)

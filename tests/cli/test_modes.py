@@ -336,7 +336,7 @@ def test_run_with_another_vmm_says_if_that_changes_the_digest(
 def test_profile_that_breaks_a_rule_is_refused_by_file_key_and_rule(cli: Cli, folder: Path) -> None:
     name = mine(folder, registers={"cs.attrib": "0x10000"})
     assert refused(cli("measure", "--vmm-type", name, "OVMF.fd")) == (
-        "mine.json: registers.cs.attrib: cs.attrib 0x10000 does not fit in 16 bits"
+        "mine.json: registers.cs.attrib: 0x10000 does not fit in 16 bits"
     )
 
 

@@ -27,6 +27,7 @@ __all__ = ["LEGACY_MODES", "LegacyLaunch", "plan_legacy"]
 LEGACY_MODES = ("sev", "seves")
 
 _DEFAULTS = PlanOptions()
+_SNP_ONLY = ("load_addr", "entry", "vmsa_mode", "vmsas", "svsm", "firmware_digest")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def plan_legacy(
     """
     if mode not in LEGACY_MODES:
         raise FormatError(f"mode {mode!r} is not one of {', '.join(LEGACY_MODES)}")
+    for name in _SNP_ONLY:
+        if getattr(options, name) != getattr(_DEFAULTS, name):
+            raise FormatError(f"{name} is for SNP launches, not for mode {mode}")
     source = ImageSource.of(image) if isinstance(image, bytes) else open_image(image)
     try:
         return _plan(source, mode, options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,7 @@ from typing import Any
 import pytest
 
 from tests.cli.command import Cli, Done, page_events
-from tests.images.builders import (
-    GUID_METADATA,
-    GUID_SVSM,
-    METADATA_FROM_END,
-    entry_bytes,
-    metadata_bytes,
-    ovmf,
-    standard_entries,
-)
+from tests.images.builders import ovmf, standard_entries, svsm_image
 
 tool = pytest.importorskip("sevsnpmeasure.cli")
 
@@ -36,14 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "vmlinuz").write_bytes(b"kernel")
     (tmp_path / "initrd").write_bytes(b"initrd")
     (tmp_path / "VARS.fd").write_bytes(bytes(0x2000))
-    svsm = ovmf(
-        entries=[
-            entry_bytes(GUID_METADATA, struct.pack("<I", METADATA_FROM_END)),
-            entry_bytes(GUID_SVSM, struct.pack("<I", 0)),
-        ],
-        metadata=metadata_bytes([(0, 0x3000, 1), (0x3000, 0x1000, 2), (0x4000, 0x1000, 3)]),
-    )
-    (tmp_path / "svsm.bin").write_bytes(svsm)
+    (tmp_path / "svsm.bin").write_bytes(svsm_image(start=0, size=0x4000))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

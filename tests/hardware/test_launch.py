@@ -16,7 +16,8 @@ import pytest
 from kvmlaunch.abi.kvm_sync import sregs_round_trip
 from kvmlaunch.abi.reset import kvm_untouched
 from kvmlaunch.errors import FirmwareError, IoctlError
-from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
+from kvmlaunch.images import LaunchPlan, PlanOptions, load_image, load_vmm
+from kvmlaunch.images.vmm import BUILT_IN
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.measure import measure
 from kvmlaunch.launch.pagelog import open_log
@@ -26,6 +27,7 @@ from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import RealPlatform
 from tests.cli.command import page_events
 from tests.idblock import id_auth, id_block
+from tests.images.builders import ovmf as synthetic_ovmf
 from tests.launch.cases import IMAGES, STATES, image_plan, state_named
 from tests.launch.rig import PAGE, plan, small_plan, step
 
@@ -67,6 +69,13 @@ def test_digest_when_debians_ovmf_is_launched_is_the_predicted(
     real_snp: RealPlatform, ovmf: Path
 ) -> None:
     confirmed(load_image(ovmf, PlanOptions(vcpus=2)), real_snp)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_digest_when_the_vmm_is_another_is_the_predicted(real_snp: RealPlatform, name: str) -> None:
+    """So KVM measures each VMM's registers as that VMM's profile has them."""
+    options = PlanOptions(vcpus=1 if name == "krun" else 2, vmm=load_vmm(name))
+    confirmed(load_image(synthetic_ovmf(), options).on_kvm(), real_snp)
 
 
 @pytest.mark.parametrize("vcpus", [1, 4])

@@ -137,6 +137,29 @@ def standard_entries(
     return entries
 
 
+SVSM_SECTIONS = ((0, 0x9E000, 1), (0x9E000, 0x1000, 2), (0x9F000, 0x1000, 3))
+"""Sections of coconut's SVSM (bebb485a): gpa, size, type."""
+
+
+def svsm_image(
+    *,
+    start: int = 0x100,
+    size: int = 0x8000,
+    entries: Sequence[bytes] | None = None,
+    sections: Sequence[tuple[int, int, int]] = SVSM_SECTIONS,
+) -> bytes:
+    """An SVSM: patterned bytes, SEV metadata at absolute GPAs, SVSM info."""
+    usual = [
+        entry_bytes(GUID_METADATA, struct.pack("<I", METADATA_FROM_END)),
+        entry_bytes(GUID_SVSM, struct.pack("<I", start)),
+    ]
+    return ovmf(
+        size=size,
+        entries=usual if entries is None else entries,
+        metadata=metadata_bytes(sections),
+    )
+
+
 def ovmf(
     *,
     size: int = 0x4000,

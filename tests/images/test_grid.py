@@ -6,7 +6,6 @@ Cells differ cheaply, so one test has all those of an image, a VMM and a choice 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -19,15 +18,7 @@ from kvmlaunch.images import PlanOptions, load_image, load_vmm
 from kvmlaunch.launch.legacy import plan_legacy
 from kvmlaunch.launch.measure import firmware_digest, measure
 from tests.debian import Unavailable
-from tests.images.builders import (
-    GUID_METADATA,
-    GUID_SVSM,
-    METADATA_FROM_END,
-    entry_bytes,
-    metadata_bytes,
-    ovmf,
-    standard_entries,
-)
+from tests.images.builders import metadata_bytes, ovmf, standard_entries, svsm_image
 from tests.kernel_packages import KernelPackages
 
 witness = pytest.importorskip("sevsnpmeasure.guest")
@@ -201,18 +192,6 @@ def test_digest_when_it_goes_on_from_another_is_that_of_sev_snp_measure(
     assert measure(load_image(path, options)).digest == expected
 
 
-def svsm_image(start: int = 0x100, size: int = 0x8000) -> bytes:
-    """An image with SVSM info, SEV metadata at absolute GPAs, and patterned pages."""
-    return ovmf(
-        size=size,
-        entries=[
-            entry_bytes(GUID_METADATA, struct.pack("<I", METADATA_FROM_END)),
-            entry_bytes(GUID_SVSM, struct.pack("<I", start)),
-        ],
-        metadata=metadata_bytes([(0, 0x9E000, 1), (0x9E000, 0x1000, 2), (0x9F000, 0x1000, 3)]),
-    )
-
-
 @pytest.mark.parametrize("features", [0x1, 0x21])
 @pytest.mark.parametrize("start", [0, 0x100])
 @pytest.mark.parametrize("vars_size", [0x1000, 540672])
@@ -223,7 +202,7 @@ def test_svsm_digest_when_compatible_is_that_of_sev_snp_measure(
 ) -> None:
     firmware, svsm = tmp_path / "OVMF.fd", tmp_path / "svsm.bin"
     firmware.write_bytes(ovmf())
-    svsm.write_bytes(svsm_image(start))
+    svsm.write_bytes(svsm_image(start=start))
     expected = witness.calc_launch_digest(
         SevMode.SEV_SNP_SVSM,
         vcpus,

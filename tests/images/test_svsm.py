@@ -15,19 +15,17 @@ from tests.images.builders import (
     GUID_SVSM,
     METADATA_FROM_END,
     entry_bytes,
-    metadata_bytes,
     ovmf,
+    svsm_image,
 )
 
-SECTIONS = [(0, 0x9E000, 1), (0x9E000, 0x1000, 2), (0x9F000, 0x1000, 3)]
 METADATA = entry_bytes(GUID_METADATA, struct.pack("<I", METADATA_FROM_END))
 INFO = entry_bytes(GUID_SVSM, struct.pack("<I", 0x100))
 GPA = 0xFFFFC000 - 0x10000 - 0x8000
 
 
-def svsm(*entries: bytes, size: int = 0x8000, sections: Any = SECTIONS) -> bytes:
-    listed = list(entries) or [METADATA, INFO]
-    return ovmf(size=size, entries=listed, metadata=metadata_bytes(sections))
+def svsm(*entries: bytes, **choices: Any) -> bytes:
+    return svsm_image(entries=entries or None, **choices)
 
 
 def plan(image: bytes | None = None, **options: Any) -> LaunchPlan:

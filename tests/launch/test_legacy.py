@@ -11,7 +11,7 @@ import pytest
 from kvmlaunch.abi.kernel_hashes import KernelHashes
 from kvmlaunch.abi.reset import qemu_reset
 from kvmlaunch.errors import FormatError, ImageError
-from kvmlaunch.images import PlanOptions, load_vmm
+from kvmlaunch.images import PlanOptions, VmsaChoice, load_vmm
 from kvmlaunch.launch.legacy import plan_legacy
 from tests.images.builders import ovmf, standard_entries
 
@@ -81,6 +81,23 @@ def test_firmware_when_its_size_is_odd_is_refused() -> None:
 
 def test_firmware_when_several_vcpus_need_a_table_is_refused() -> None:
     assert "no GUIDed table" in refusal(bytes(4096), "seves", vcpus=2)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"load_addr": 0x1000},
+        {"entry": 0x1000},
+        {"vmsa_mode": "direct"},
+        {"vmsas": (VmsaChoice(),)},
+        {"svsm": b"", "vars_size": 0},
+        {"firmware_digest": bytes(48)},
+    ],
+)
+def test_choice_when_it_is_for_snp_is_refused(choice: dict[str, Any]) -> None:
+    name = next(iter(choice))
+    with pytest.raises(FormatError, match=f"{name} is for SNP launches, not for mode sev"):
+        plan_legacy(ovmf(), "sev", PlanOptions(**choice))
 
 
 def test_mode_when_unknown_is_refused() -> None:

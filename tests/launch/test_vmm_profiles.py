@@ -17,7 +17,7 @@ from kvmlaunch.images.vmm_file import parse_vmm
 from kvmlaunch.launch.guest import Guest
 from kvmlaunch.launch.measure import measure, page_records
 from kvmlaunch.sim import SimPlatform
-from tests.images.builders import ovmf
+from tests.images.builders import ovmf, svsm_image
 from tests.launch.rig import small_plan
 
 ODD = {
@@ -95,6 +95,15 @@ def test_features_when_they_lack_snp_active_are_measured_as_given(features: int)
     ((_, vmsa),) = finish_vmsas(ovmf_plan(None, sev_features=features))
     ((_, usual),) = finish_vmsas(ovmf_plan(None, sev_features=1))
     assert vmsa == usual.replace(sev_features=features)
+
+
+@pytest.mark.parametrize("vmm", ["QEMU", "QEMU-before-6.10"])
+def test_launch_when_there_is_an_svsm_is_what_firmware_measures(vmm: str) -> None:
+    plan = ovmf_plan(load_vmm(vmm), vcpus=2, svsm=svsm_image(), vars_size=0x2000)
+    with SimPlatform() as platform, Guest(plan, platform) as guest:
+        guest.launch(retry_cpuid=True)
+        assert guest.witness().agrees is True
+        assert guest.digest == measure(plan).digest
 
 
 def test_profile_when_it_is_in_a_file_can_be_launched(tmp_path: Path) -> None:

@@ -134,9 +134,9 @@ VCPU_TYPES: Mapping[str, int] = MappingProxyType(
         **dict.fromkeys(("EPYC-Turin", "EPYC-Turin-v1"), _TURIN),
     }
 )
-"""vCPU signature by QEMU's model name: all EPYC models of QEMU 10.1, whose versions differ in
-features only. Source: QEMU target/i386/cpu.c builtin_x86_defs (family, model, stepping), and
-the list of `qemu-system-x86_64 -device help`."""
+"""vCPU signature by QEMU's model name: all EPYC models of a QEMU that has EPYC-Turin (10.1 or
+newer), whose versions differ in features only. Source: QEMU target/i386/cpu.c builtin_x86_defs
+(family, model, stepping), and the list of `qemu-system-x86_64 -device help`."""
 
 
 def vcpu_type_signature(name: str) -> int:

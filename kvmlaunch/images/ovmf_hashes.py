@@ -51,6 +51,8 @@ def hashes_page(
         raise source.fail(
             f"the kernel hashes table at {tables.hash_base:#x} is not in the first page of {where}"
         )
+    if tables.hash_base % PAGE_SIZE > PAGE_SIZE - HASHES_SIZE:
+        raise source.fail(f"the kernel hashes table at {tables.hash_base:#x} leaves its page")
     return read_hashes(options).page(tables.hash_base % PAGE_SIZE)
 
 
@@ -68,11 +70,6 @@ def check_hashes_place(source: ImageSource, tables: OvmfTables) -> None:
         raise source.fail(
             f"the place for kernel hashes has {tables.hash_size} bytes, they need {HASHES_SIZE}",
             offset=entry.offset + 4,
-        )
-    if tables.hash_base % PAGE_SIZE > PAGE_SIZE - HASHES_SIZE:
-        raise source.fail(
-            f"the kernel hashes table at {tables.hash_base:#x} leaves its page",
-            offset=entry.offset,
         )
 
 

@@ -47,7 +47,7 @@ def test_vcpu_types_have_those_of_sev_snp_measure() -> None:
     assert {name: VCPU_TYPES.get(name) for name in CPU_SIGS} == CPU_SIGS
 
 
-# The EPYC models in `qemu-system-x86_64 -device help` of QEMU 10.1.
+# The EPYC models in `qemu-system-x86_64 -device help` of a QEMU that has EPYC-Turin.
 QEMU_MODELS = """
 EPYC EPYC-IBPB EPYC-v1 EPYC-v2 EPYC-v3 EPYC-v4 EPYC-v5
 EPYC-Rome EPYC-Rome-v1 EPYC-Rome-v2 EPYC-Rome-v3 EPYC-Rome-v4 EPYC-Rome-v5

@@ -219,6 +219,28 @@ def test_kernel_that_comes_by_a_pipe_is_the_files(cli: Cli, folder: Path, kind: 
     assert done.out == expected
 
 
+@pytest.mark.parametrize(
+    ("left", "rule"),
+    [
+        (5000, "firmware of 0x1388 bytes: the size must be a multiple of 4 KiB"),
+        (0x3000, "no GUIDed table: its footer GUID"),
+        (0, "the image is empty"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["snp", "snp:ovmf-hash", "seves"])
+def test_firmware_whose_pipe_broke_off_is_refused(
+    cli: Cli, mode: str, left: int, rule: str
+) -> None:
+    read, write = os.pipe()
+    os.write(write, ovmf()[:left])
+    os.close(write)
+    words = ("--mode", mode, "--vcpus", 2, "--ovmf", f"/dev/fd/{read}")
+    sentence = refused(cli("measure", *words))
+    os.close(read)
+    assert sentence.startswith(f"/dev/fd/{read}: ")
+    assert rule in sentence
+
+
 # Dumped VMSAs
 
 

@@ -8,9 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sevsnpmeasure.guest import calc_launch_digest  # type: ignore[import-untyped]
+from sevsnpmeasure.sev_mode import SevMode  # type: ignore[import-untyped]
+from sevsnpmeasure.vcpu_types import CPU_SIGS  # type: ignore[import-untyped]
+
+from kvmlaunch import load_image, measure
 from tests.benchmarks.first_exit import process
 from tests.benchmarks.page_hashing import debian_ovmf
-from tests.benchmarks.timing import MIB, Figure, compare
+from tests.benchmarks.timing import MIB, Figure, compare, timed
 from tests.images.builders import METADATA_FROM_END, metadata_bytes, ovmf
 
 NEEDS_KVM = False
@@ -36,6 +41,9 @@ def figures(work: Path, rounds: int) -> list[Figure]:
         ours, theirs = _pair(["--ovmf", str(firmware)], firmware)
         what = "kvmlaunch measure OVMF.fd"
         found.append(compare(what, ours, "sev-snp-measure", theirs, rounds, 1 / 2.5))
+        ours, theirs = _started(firmware)
+        what = "the same, once started"
+        found.append(compare(what, ours, "calc_launch_digest", theirs, rounds, 1 / 2.5))
     image = _large(work)
     options = ["--image-type", "flat", "--load-addr", hex((1 << 32) - _SIZE), str(image)]
     ours, theirs = _pair(options, image)
@@ -58,6 +66,21 @@ def _pair(options: list[str], image: Path) -> tuple[Callable[[], float], Callabl
     theirs = [sys.executable, "-I", "-c", _THEIRS, *words]
     digest = subprocess.run(theirs, capture_output=True, check=True, timeout=60).stdout
     return process(_command(options), digest), process(theirs, digest)
+
+
+def _started(firmware: Path) -> tuple[Callable[[], float], Callable[[], float]]:
+    """What both commands do when everything is imported."""
+
+    def ours() -> bytes:
+        return measure(load_image(firmware)).digest
+
+    def theirs() -> bytes:
+        mode, signature = SevMode.SEV_SNP, CPU_SIGS["EPYC-v4"]
+        digest: bytes = calc_launch_digest(mode, 1, signature, str(firmware), "", "", "", 1)
+        return digest
+
+    assert ours() == theirs()
+    return timed(ours), timed(theirs)
 
 
 def _large(work: Path) -> Path:

@@ -87,6 +87,7 @@ def parse_vmm(raw: bytes) -> VmmProfile:
     bsp = _start("bsp", found, registers, base.bsp if base else VcpuStart(Vmsa(), BSP_EIP))
     ap_base = base.ap if base else VcpuStart(Vmsa())
     ap = _start("ap", found, registers, ap_base)
+    on_kvm = base is not None and not base.as_given
     if bsp is None:
         raise FormatError("bsp: null, but every guest has a first vCPU")
     return VmmProfile(
@@ -94,27 +95,23 @@ def parse_vmm(raw: bytes) -> VmmProfile:
         description=_text("description", found.get("description", "")),
         bsp=bsp,
         ap=ap,
-        pages=_pages(found["pages"]) if "pages" in found else _of(base).pages,
+        pages=_pages(found["pages"]) if base is None or "pages" in found else base.pages,
         sections=_sections(found.get("sections", {}), base),
         kernel_hashes=_flag(found, "kernel_hashes", base is not None and base.kernel_hashes),
         svsm=_flag(found, "svsm", base is not None and base.svsm),
-        vmsa_gpa=_gpa(found["vmsa_gpa"])
-        if "vmsa_gpa" in found
-        else (base.vmsa_gpa if base else SYNC_VMSA_GPA),
-        as_given=_as_given(found["measured"])
-        if "measured" in found
-        else (base is None or base.as_given),
+        vmsa_gpa=_gpa(found.get("vmsa_gpa", base.vmsa_gpa if base else SYNC_VMSA_GPA)),
+        as_given=_as_given(found.get("measured", "kvm" if on_kvm else "as-given")),
         sources={**(base.sources if base else {}), **_sources(found.get("sources", {}))},
     )
 
 
 def _json(raw: bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
-            raise FormatError(f"{_name(twice)}: it is there twice")
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise FormatError(f"{_name(key)}: it is there twice")
+            made[key] = value
         return made
 
     try:
@@ -134,11 +131,6 @@ def _base(found: Mapping[str, Any]) -> VmmProfile | None:
     if name not in BUILT_IN:
         raise FormatError(f"base: {_shown(name)} is none of {', '.join(BUILT_IN)}")
     return load_vmm(name)
-
-
-def _of(base: VmmProfile | None) -> VmmProfile:
-    assert base is not None  # else the key would be missing
-    return base
 
 
 def _start(

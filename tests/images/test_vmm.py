@@ -263,6 +263,14 @@ def test_file_when_it_is_no_object_of_json_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_file_when_it_has_a_key_twice_among_very_many_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    keys = [f'"{n:x}":0' for n in range(100_000)]
+    path.write_text("{" + ",".join([*keys, keys[-1]]) + "}")
+    with pytest.raises(ImageError, match="1869f: it is there twice"):
+        load_vmm(str(path))
+
+
 @pytest.mark.parametrize("name", ["/nosuch.json", "nosuch.json", "/", "a\0.json"])
 def test_file_when_it_cannot_be_read_is_refused_by_name(name: str) -> None:
     with pytest.raises(ImageError, match="can't be read: "):

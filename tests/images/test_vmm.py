@@ -385,13 +385,18 @@ def test_ap_when_the_base_does_not_know_it_cannot_be_changed() -> None:
 
 # Property tests
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
-    ),
-    max_leaves=12,
-)
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return (
+        inner
+        | st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    )
+
+
+JSON = nested(nested(SCALAR))
 KEYS = st.sampled_from(
     [*SMALL, "base", "description", "kernel_hashes", "svsm", "vmsa_gpa", "measured", "sources"]
 )

@@ -11,6 +11,7 @@ from kvmlaunch.images.ovmf_pages import (
     check_sections,
     check_size,
     firmware_range,
+    in_order,
     section_ranges,
 )
 from kvmlaunch.images.ovmf_table import (
@@ -21,7 +22,7 @@ from kvmlaunch.images.ovmf_table import (
     OvmfTables,
     parse_table,
 )
-from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion
 from kvmlaunch.images.source import ImageSource
 from kvmlaunch.images.vmm import VmmProfile, load_vmm
 
@@ -54,7 +55,7 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
             f"the firmware's digest can't be given: {vmm.name} launches its metadata first"
         )
     known = options.firmware_digest is not None
-    steps = _in_order(vmm, [] if known else [firmware], sections)
+    steps = in_order(vmm.pages, [] if known else [firmware], sections)
     return build_plan(
         source,
         options,
@@ -79,18 +80,6 @@ def _hashes_page(
     from kvmlaunch.images.ovmf_hashes import hashes_page  # few launches need it
 
     return hashes_page(source, tables, options, vmm)
-
-
-def _in_order(
-    vmm: VmmProfile, firmware: list[PageRange], sections: list[PageRange]
-) -> list[PageRange]:
-    def part(step: PageRange) -> str:
-        return "cpuid" if step.label == "cpuid" and "cpuid" in vmm.pages else "metadata"
-
-    steps = {"firmware": firmware}
-    for name in ("metadata", "cpuid"):
-        steps[name] = [step for step in sections if part(step) == name]
-    return [step for name in vmm.pages for step in steps[name]]
 
 
 def _check_launchable(source: ImageSource, tables: OvmfTables, vcpus: int) -> None:

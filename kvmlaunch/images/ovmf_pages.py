@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
@@ -11,7 +12,7 @@ from kvmlaunch.images.plan import HIGH_MEMORY, MemoryRegion, PageRange, Piece
 from kvmlaunch.images.source import ImageSource
 from kvmlaunch.images.vmm import VmmProfile
 
-__all__ = ["check_sections", "check_size", "firmware_range", "section_ranges"]
+__all__ = ["check_sections", "check_size", "firmware_range", "in_order", "section_ranges"]
 
 MAX_SIZE = 16 << 20
 
@@ -41,6 +42,20 @@ def section_ranges(
         origin = f"{source.basename} metadata[{section.index}]"
         steps.append(PageRange(section.gpa, section.size, kind, section.label, origin, pieces))
     return steps
+
+
+def in_order(
+    pages: tuple[str, ...], firmware: Sequence[PageRange], sections: Sequence[PageRange]
+) -> list[PageRange]:
+    """All page ranges in a VMM profile's order (`VmmProfile.pages`)."""
+
+    def part(step: PageRange) -> str:
+        return "cpuid" if step.label == "cpuid" and "cpuid" in pages else "metadata"
+
+    steps = {"firmware": list(firmware)}
+    for name in ("metadata", "cpuid"):
+        steps[name] = [step for step in sections if part(step) == name]
+    return [step for name in pages for step in steps[name]]
 
 
 def check_size(source: ImageSource) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         load_vmm,
         to_sync,
     )
+    from kvmlaunch.launch.explain import Cause, Explanation, explain_digest, explain_vmsa
     from kvmlaunch.launch.gdb import serve_gdb
     from kvmlaunch.launch.guest import Guest
     from kvmlaunch.launch.legacy import LegacyLaunch, plan_legacy
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from kvmlaunch.uapi import Proposal, RealPlatform, Recorder
 
 __all__ = [
+    "Cause",
+    "Explanation",
     "Guest",
     "KvmLaunchError",
     "LaunchPlan",
@@ -59,6 +62,8 @@ __all__ = [
     "VmsaChoice",
     "VmsaMode",
     "__version__",
+    "explain_digest",
+    "explain_vmsa",
     "firmware_digest",
     "host_cbitpos",
     "load_image",
@@ -75,6 +80,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Cause": "launch.explain",
+    "Explanation": "launch.explain",
     "Guest": "launch.guest",
     "KvmLaunchError": "errors",
     "LaunchPlan": "images",
@@ -91,6 +98,8 @@ _HOME = {
     "VmmProfile": "images",
     "VmsaChoice": "images",
     "VmsaMode": "images",
+    "explain_digest": "launch.explain",
+    "explain_vmsa": "launch.explain",
     "firmware_digest": "launch.measure",
     "host_cbitpos": "platforms",
     "load_image": "images",

@@ -224,6 +224,8 @@ def objects() -> Iterator[dict[str, Any]]:
             "PageRecord": records[0],
             "Measurement": kvmlaunch.measure(guest.plan),
             "Predictor": Predictor(),
+            "Explanation": kvmlaunch.Explanation(None, 7, False, ("the image's bytes",)),
+            "Cause": kvmlaunch.Cause("vCPUs", "2", "1", option="--vcpus 2"),
             "PlanOptions": kvmlaunch.PlanOptions(),
             "LegacyLaunch": kvmlaunch.plan_legacy(bytes(PAGE), "sev"),
             "VmmProfile": kvmlaunch.load_vmm("ec2"),
@@ -252,7 +254,7 @@ NAMES = [
     *["Measurement", "Predictor", "PlanOptions", "SimPlatform", "RealPlatform", "Recorder"],
     *["Trace", "Proposal", "VmsaChoice", "VmsaMode", "LegacyLaunch", "VmmProfile"],
     *["Choice", "WitnessReport", "undecided WitnessReport", "Outcome", "Outcome without a vCPU"],
-    *["empty plan", "one step", "KvmLaunchError"],
+    *["empty plan", "one step", "KvmLaunchError", "Explanation", "Cause"],
 ]
 
 

@@ -1,0 +1,224 @@
+"""Why a launch digest, or a VMSA, is another than was predicted: a search over its inputs.
+
+One change is tried first, then two at once, then more, as far as a limit. :mod:`~.deviations`
+is the table of what is changed, :mod:`~.variants` says what that gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import prod
+from typing import Any, TypeAlias
+
+from kvmlaunch import hashing
+from kvmlaunch.abi.digest import DIGEST_SIZE
+from kvmlaunch.errors import FormatError
+from kvmlaunch.images import LaunchPlan
+from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.launch.deviations import (
+    Asked,
+    Cause,
+    Dimension,
+    dimensions,
+    vcpu_counts,
+    vcpus_cause,
+)
+from kvmlaunch.launch.variants import Variants
+
+__all__ = ["MOST", "Cause", "Explanation", "explain_digest", "explain_vmsa"]
+
+MOST = 1_000_000
+"""How many variants of a launch are tried."""
+
+_Progress: TypeAlias = Callable[[int, int], object]
+_Row: TypeAlias = tuple[Dimension, list[Any]]
+
+_DEFAULTS = PlanOptions()
+_FEW = 2  # other changes, with which only usual numbers of vCPUs are tried
+_USUAL_VCPUS = 64
+_REPORT_EACH = 1 << 14
+_VMSA_CHANGES = 3
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a search found.
+
+    Attributes: ``causes``, the inputs that differ (none: it is as predicted), or None if
+    nothing explains it; ``tried``, how many variants; ``complete``: not stopped by the limit;
+    ``suspects``, inputs that were not searched.
+    """
+
+    causes: tuple[Cause, ...] | None
+    tried: int
+    complete: bool = True
+    suspects: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether it is explained."""
+        return self.causes is not None
+
+    def __str__(self) -> str:
+        """Lines for people."""
+        if self.causes is None:
+            return "\n".join(self._unexplained())
+        if not self.causes:
+            return "that is the predicted digest"
+        options = " ".join(cause.option for cause in self.causes)
+        all_typed = all(cause.option for cause in self.causes)
+        head = f"{options} gives this digest" if all_typed else "this launch gives the digest"
+        lines = [f"{head}:", *(f"  {cause}" for cause in self.causes)]
+        if not all_typed:
+            lines += [f"  type: {cause.option}" for cause in self.causes if cause.option]
+            if profile := self._profile():
+                lines.append(f"  and for a --vmm-type FILE.json: {json.dumps(profile)[1:-1]}")
+        return "\n".join(lines)
+
+    def _profile(self) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for cause in self.causes or ():
+            for key, value in cause.profile.items():
+                both = isinstance(value, dict) and key in merged
+                merged[key] = {**merged[key], **value} if both else value
+        return merged
+
+    def _unexplained(self) -> Iterator[str]:
+        stopped = "" if self.complete else " (the limit: more changes at once were not tried)"
+        yield f"nothing explains this digest: {self.tried} launches tried{stopped}; suspect"
+        yield from (f"  {suspect}" for suspect in self.suspects)
+
+
+def explain_digest(
+    plan: LaunchPlan,
+    digest: bytes,
+    options: PlanOptions = _DEFAULTS,
+    *,
+    most: int = MOST,
+    hasher: hashing.Hasher | None = None,
+    progress: _Progress | None = None,
+) -> Explanation:
+    """Search for the launch whose digest (48 bytes) another one than the plan's is.
+
+    ``options`` are those that the plan was made with, ``most`` how many launches are tried.
+    ``progress`` is called now and then with how many were and how many there are. Raises
+    FormatError for what is no digest, or a plan that can't be measured.
+    """
+    if len(digest) != DIGEST_SIZE:
+        raise FormatError(f"a launch digest is {DIGEST_SIZE} bytes, not {len(digest)}")
+    asked, variants = Asked(plan, options), Variants(plan, options, hasher)
+    rows = dimensions(asked)
+    total = _number(asked, rows, most) if progress else most
+    tried, said = 0, 0
+    for changes, counts in _launches(asked, rows):
+        for count, found in variants.digests(changes, counts):
+            tried += 1
+            if found == digest:
+                return Explanation(_causes(asked, rows, changes, count), tried)
+        if progress and tried - said >= _REPORT_EACH:
+            progress(tried, total)
+            said = tried
+        if tried >= most:
+            return Explanation(None, tried, False, _suspects(asked))
+    return Explanation(None, tried, True, _suspects(asked))
+
+
+def explain_vmsa(
+    plan: LaunchPlan,
+    vcpu: int,
+    fits: Callable[[bytes], bool],
+    options: PlanOptions = _DEFAULTS,
+) -> Explanation:
+    """Search for the VMSA page (4096 bytes) of one vCPU that ``fits``; see `explain_digest`.
+
+    For whoever knows what one page gives, as the digest before it and after it.
+    """
+    asked, variants = Asked(plan, options), Variants(plan, options)
+    rows = [(row, values) for row, values in dimensions(asked) if row.vmsa]
+    tried = 0
+    for count in range(min(len(rows), _VMSA_CHANGES) + 1):
+        for changes in _combinations(rows, count):
+            page = variants.page(changes, vcpu)
+            if page is None:
+                continue
+            tried += 1
+            if fits(page):
+                return Explanation(_causes(asked, rows, changes, len(plan.vcpus)), tried)
+    return Explanation(None, tried, True, ("the registers that the VMM sets",))
+
+
+def _launches(asked: Asked, rows: Sequence[_Row]) -> Iterator[tuple[dict[str, Any], Sequence[int]]]:
+    """Changes, and the numbers of vCPUs to try with them; the fewest changes first."""
+    # Its numbers of vCPUs are the second change, and cost next to nothing.
+    for number in range(len(rows) + 1):
+        counts = _counts(asked, number)
+        for chosen in _chosen(rows, number):
+            costly = any(row.costly for row, _ in chosen)
+            few = (len(asked.plan.vcpus),) if costly and number > 1 else counts
+            for changes in _products(chosen):
+                yield changes, few
+
+
+def _counts(asked: Asked, changes: int) -> Sequence[int]:
+    return vcpu_counts(asked, None if changes < _FEW else _USUAL_VCPUS)
+
+
+def _chosen(rows: Sequence[_Row], number: int) -> Iterator[tuple[_Row, ...]]:
+    for chosen in combinations(rows, number):
+        if number <= 2 or not any(row.costly for row, _ in chosen):
+            yield chosen
+
+
+def _combinations(rows: Sequence[_Row], number: int) -> Iterator[dict[str, Any]]:
+    for chosen in combinations(rows, number):
+        yield from _products(chosen)
+
+
+def _products(chosen: Sequence[_Row]) -> Iterator[dict[str, Any]]:
+    keys = [row.key for row, _ in chosen]
+    for values in product(*(values for _, values in chosen)):
+        yield dict(zip(keys, values, strict=True))
+
+
+def _number(asked: Asked, rows: Sequence[_Row], most: int) -> int:
+    """How many launches there are to try, up to ``most``."""
+    total = 0
+    for number in range(len(rows) + 1):
+        counts = len(_counts(asked, number))
+        for chosen in _chosen(rows, number):
+            total += prod(len(values) for _, values in chosen) * counts
+            if total >= most:
+                return most
+    return total
+
+
+def _causes(
+    asked: Asked, rows: Sequence[_Row], changes: dict[str, Any], count: int
+) -> tuple[Cause, ...]:
+    causes = [row.cause(asked, changes[row.key]) for row, _ in rows if row.key in changes]
+    if count != len(asked.plan.vcpus):
+        causes.insert(0, vcpus_cause(asked, count))
+    return tuple(causes)
+
+
+def _suspects(asked: Asked) -> tuple[str, ...]:
+    """Inputs that no search can guess."""
+    plan = asked.plan
+    if any(plan.start_digest):
+        found = ["the firmware's digest"]
+    else:
+        what = "firmware" if plan.image_type == "ovmf" else "image"
+        found = [f"the {what}'s bytes (another build of {plan.image}?)"]
+    if asked.options.svsm is not None:
+        found.append("the SVSM's bytes, and --vars-size")
+    elif asked.hashes:
+        found.append("the bytes of --kernel and --initrd, and --append")
+    elif any(step.label == "kernel-hashes" for step in asked.steps):
+        found.append("a kernel, initrd and command line whose hashes were launched (--kernel)")
+    if plan.image_type != "ovmf":
+        found.append("--load-addr, --entry and --memory, which say what goes where")
+    found.append("a VMM that sets registers or orders pages in a way of its own (--vmm-type FILE)")
+    found.append("other numbers of vCPUs, CPU signatures or SEV_FEATURES than those tried")
+    return tuple(found)

@@ -6,7 +6,7 @@ import argparse
 import base64
 from collections.abc import Iterable
 
-from kvmlaunch.abi.digest import format_digest
+from kvmlaunch.abi.digest import format_digest, parse_digest
 from kvmlaunch.abi.page import Buffer, PageType
 from kvmlaunch.cli.mode_options import (
     LEGACY_MODES,
@@ -21,10 +21,10 @@ from kvmlaunch.cli.options import (
     plan_from,
     refuse_overwriting,
 )
-from kvmlaunch.cli.talk import DONE, Talk
+from kvmlaunch.cli.talk import DONE, FAILED, Talk
 from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.errors import FormatError
-from kvmlaunch.images import LaunchPlan
+from kvmlaunch.images import LaunchPlan, load_image
 from kvmlaunch.images.options import lacks_snp_active
 from kvmlaunch.images.vmsas import finish_vmsas
 from kvmlaunch.launch.measure import firmware_digest, measure, page_records
@@ -46,6 +46,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--output-format", choices=("hex", "base64"), default="hex", help="default: hex"
     )
+    parser.add_argument(
+        "--explain",
+        metavar="DIGEST",
+        help="instead of a prediction say which options give this digest (hex or base64), by "
+        "trying other numbers of vCPUs, features, CPUs, VMMs, page types, orders …",
+    )
     # Where sev-snp-measure has it; without a default, which would undo the one before COMMAND.
     parser.add_argument(
         "-v",
@@ -59,6 +65,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _measure(args: argparse.Namespace, talk: Talk) -> int:
     mode = chosen_mode(args)
+    if args.explain is not None:
+        return _explain(args, mode, talk)
     if mode in LEGACY_MODES:
         return _legacy(args, mode)
     if mode == "snp:ovmf-hash":
@@ -78,6 +86,37 @@ def _measure(args: argparse.Namespace, talk: Talk) -> int:
     if args.log != "-":
         print(format_digest(digest, args.output_format))
     return DONE
+
+
+def _explain(args: argparse.Namespace, mode: str, talk: Talk) -> int:
+    from kvmlaunch.launch.explain import explain_digest
+
+    if mode not in ("snp", "snp:svsm"):
+        raise FormatError(f"--explain is for digests of SNP launches, not for --mode {mode}")
+    for name in ("log", "dump_vmsa"):
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise FormatError(f"--explain measures many launches, so --{option} has none to show")
+    digest = _digest(args.explain)
+    image, options = choices_from(args)
+    plan = as_asked(load_image(image, options), args, talk)
+
+    def progress(tried: int, total: int) -> None:
+        talk.progress(f"{tried} of {total} launches tried")
+
+    try:
+        found = explain_digest(plan, digest, options, progress=progress)
+    finally:
+        talk.progress("")
+    print(found)
+    return DONE if found else FAILED
+
+
+def _digest(text: str) -> bytes:
+    try:
+        return parse_digest(text)
+    except FormatError as error:
+        raise FormatError(f"--explain: {error.rule}") from None
 
 
 def _page_by_page(plan: LaunchPlan, log_path: str | None, talk: Talk) -> bytes:

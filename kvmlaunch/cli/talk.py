@@ -49,6 +49,7 @@ class Talk:
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self._quiet = quiet
         self.verbose = verbose
+        self._shown = 0
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
@@ -64,10 +65,18 @@ class Talk:
         if self.verbose:
             _say(text)
 
+    def progress(self, text: str) -> None:
+        """Show on a terminal how far something is, in place of what was shown; "" ends it."""
+        if self._quiet or not sys.stderr.isatty():
+            return
+        # Blanks take the old text away on every terminal.
+        _say("\r" + text.ljust(self._shown) + ("" if text else "\r"), end="")
+        self._shown = len(text)
 
-def _say(text: str) -> None:
+
+def _say(text: str, end: str = "\n") -> None:
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
         drop(sys.stderr)  # nobody can hear it; the exit code still tells
 

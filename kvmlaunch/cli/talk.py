@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import time
 from typing import TextIO
 
 __all__ = [
@@ -25,6 +26,8 @@ USAGE = 2
 SKIPPED = 4
 TIMEOUT = 124
 INTERRUPTED = 130
+
+_SECONDS_SHOWN = 0.1  # at least, of something that changes often
 
 
 def prepare_streams() -> None:
@@ -50,6 +53,7 @@ class Talk:
         self._quiet = quiet
         self.verbose = verbose
         self._shown = 0
+        self._next = 0.0
 
     def error(self, text: str) -> None:
         """Say what went wrong."""
@@ -67,8 +71,10 @@ class Talk:
 
     def progress(self, text: str) -> None:
         """Show on a terminal how far something is, in place of what was shown; "" ends it."""
-        if self._quiet or not sys.stderr.isatty():
+        now = time.monotonic()
+        if self._quiet or (text and now < self._next) or not sys.stderr.isatty():
             return
+        self._next = now + _SECONDS_SHOWN
         # Blanks take the old text away on every terminal.
         _say("\r" + text.ljust(self._shown) + ("" if text else "\r"), end="")
         self._shown = len(text)

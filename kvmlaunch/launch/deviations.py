@@ -19,11 +19,13 @@ from kvmlaunch.abi.vmsa import SEV_FEATURES, Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, PageRange, VmmProfile, VmsaMode, load_vmm
 from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.images.ovmf_table import SECTION_TYPES
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
 from kvmlaunch.images.vmm import BUILT_IN
 from kvmlaunch.launch.variants import FIRMWARE, NOT_LAUNCHED, asked_profile
 
 __all__ = [
+    "VMM",
     "Asked",
     "Cause",
     "Dimension",
@@ -32,6 +34,9 @@ __all__ = [
     "vcpu_counts",
     "vcpus_cause",
 ]
+
+VMM = "VMM"
+"""Name of the cause that another VMM is."""
 
 _VMSA_GPA_52 = 0xF_FFFF_FFFF_F000
 _COUNTS = (*range(1, 65), 96, 128, 192, 256, 512)
@@ -63,7 +68,7 @@ class Cause(NamedTuple):
     """One input that differs.
 
     ``name`` of the input, ``found`` and ``asked`` values in words, ``why`` one comes by it
-    ("" where that is plain), ``option`` of `kvmlaunch measure` that gives it, or ``profile``,
+    ("" where that is plain), ``option`` of `kvmlaunch measure` that gives it, and ``profile``,
     keys of a VMM profile's file that do; both are empty where nothing does.
     """
 
@@ -124,6 +129,13 @@ class Asked:
     def firmware(self) -> bool:
         """Whether there are firmware's pages, which an order can put elsewhere."""
         return any(step.label in FIRMWARE for step in self.steps)
+
+    def profiled(self, **keys: Any) -> dict[str, Any]:
+        """These keys for a VMM profile's file; {} where no profile counts."""
+        if self.profile is None:
+            return {}
+        name = self.profile.name
+        return {**({"base": name} if name in BUILT_IN else {}), **keys}
 
     @property
     def hashes(self) -> PageRange | None:
@@ -217,13 +229,13 @@ def _fpu(asked: Asked) -> Iterable[tuple[int, int]]:
 
 
 def _fpu_cause(asked: Asked, value: tuple[int, int]) -> Cause:
-    option, profile = "", {}
+    option = ""
     if value == (0x1F80, 0) and asked.options.svsm is not None:
         option = "--compat sev-snp-measure"
-    elif value == (0, 0) and (asked.profile is None or asked.profile.name == "QEMU"):
-        option = "--vmm-type QEMU-before-6.10" if asked.plan.image_type == "ovmf" else ""
-    elif asked.profile is not None:
-        profile = {"registers": {"mxcsr": f"{value[0]:#x}", "x87_fcw": f"{value[1]:#x}"}}
+    elif value == (0, 0) and asked.plan.vmm == "QEMU":
+        option = "--vmm-type QEMU-before-6.10"
+    registers = {"mxcsr": f"{value[0]:#x}", "x87_fcw": f"{value[1]:#x}"}
+    profile = asked.profiled(registers=registers)
     before = f"{asked.state.mxcsr:#x}, {asked.state.x87_fcw:#x}"
     found = f"{value[0]:#x}, {value[1]:#x}"
     return Cause("MXCSR and X87_FCW", found, before, _FPU[value], option, profile)
@@ -244,7 +256,7 @@ def _vmm_cause(asked: Asked, name: str) -> Cause:
     option = f"--vmm-type {name}"
     if asked.hashes and not vmm.kernel_hashes:
         option += " without --kernel"
-    return Cause("VMM", name, asked.plan.vmm, vmm.description, option)
+    return Cause(VMM, name, asked.plan.vmm, vmm.description, option, {"base": name})
 
 
 # VMSAs
@@ -256,7 +268,7 @@ def _vmsa_gpas(asked: Asked) -> Iterable[int]:
 
 def _vmsa_gpa_cause(asked: Asked, gpa: int) -> Cause:
     why = f"the last page of {gpa.bit_length()} address bits"
-    profile = {"vmsa_gpa": f"{gpa:#x}"} if asked.profile else {}
+    profile = asked.profiled(vmsa_gpa=f"{gpa:#x}")
     before = f"{asked.plan.vmsa_gpa:#x}"
     return Cause("GPA of the VMSAs", f"{gpa:#x}", before, why, profile=profile)
 
@@ -314,7 +326,7 @@ def _order_cause(asked: Asked, order: tuple[str, ...] | str) -> Cause:
     if isinstance(order, str):
         found = {"ascending": "ascending GPAs", "image-first": "the image, then what it needs"}
         return Cause("order of pages", found[order], "what the image needs, then the image")
-    profile = {"pages": list(order)} if asked.profile else {}
+    profile = asked.profiled(pages=list(order))
     before = ", ".join(asked.order)
     return Cause("order of pages", ", ".join(order), before, profile=profile)
 
@@ -327,7 +339,7 @@ def _zero_types(asked: Asked) -> Iterable[int]:
 
 def _zero_cause(asked: Asked, kind: int) -> Cause:
     labels = dict.fromkeys(step.label for step in asked.steps if step.type is PageType.ZERO)
-    profile = {"sections": dict.fromkeys(labels, _named(kind))} if asked.profile and kind else {}
+    profile = asked.profiled(sections=dict.fromkeys(labels, _named(kind))) if kind else {}
     return Cause("all ZERO pages", _type_words(kind), "ZERO", _type_why(kind), profile=profile)
 
 
@@ -345,7 +357,8 @@ def _section_row(label: str, asked_type: PageType) -> Dimension:
         return [kind for kind in tried if kind != asked_type]
 
     def cause(asked: Asked, kind: int) -> Cause:
-        profile = {"sections": {label: _named(kind)}} if asked.profile and kind else {}
+        section = label if label in SECTION_TYPES.values() else "other"
+        profile = asked.profiled(sections={section: _named(kind)}) if kind else {}
         name, before = f"page type of {label}", asked_type.name
         return Cause(name, _type_words(kind), before, _type_why(kind), profile=profile)
 

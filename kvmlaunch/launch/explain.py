@@ -18,7 +18,9 @@ from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.images.vmm_file import FORMAT
 from kvmlaunch.launch.deviations import (
+    VMM,
     Asked,
     Cause,
     Dimension,
@@ -39,7 +41,6 @@ _Row: TypeAlias = tuple[Dimension, list[Any]]
 _DEFAULTS = PlanOptions()
 _FEW = 2  # other changes, with which only usual numbers of vCPUs are tried
 _USUAL_VCPUS = 64
-_REPORT_EACH = 1 << 14
 _VMSA_CHANGES = 3
 
 
@@ -67,27 +68,35 @@ class Explanation:
             return "\n".join(self._unexplained())
         if not self.causes:
             return "that is the predicted digest"
-        options = " ".join(cause.option for cause in self.causes)
-        all_typed = all(cause.option for cause in self.causes)
-        head = f"{options} gives this digest" if all_typed else "this launch gives the digest"
-        lines = [f"{head}:", *(f"  {cause}" for cause in self.causes)]
-        if not all_typed:
-            lines += [f"  type: {cause.option}" for cause in self.causes if cause.option]
-            if profile := self._profile():
-                lines.append(f"  and for a --vmm-type FILE.json: {json.dumps(profile)[1:-1]}")
-        return "\n".join(lines)
+        lines = [f"  {cause}" for cause in self.causes]
+        options = [cause.option for cause in self.causes]
+        if all(options) and sum("--vmm-type" in option for option in options) <= 1:
+            return "\n".join((f"{' '.join(options)} gives this digest:", *lines))
+        typed = [cause.option for cause in self.causes if cause.option and not cause.profile]
+        profile = self._profile()
+        file = "base" in profile
+        if file:
+            typed.append("--vmm-type FILE.json")
+        if typed:
+            lines.append(f"as far as it can be typed: {' '.join(typed)}")
+        if profile:
+            where = "FILE.json" if file else "to change in the VMM profile"
+            lines.append(f"{where}: {json.dumps(profile)}")
+        return "\n".join(("this launch gives the digest:", *lines))
 
     def _profile(self) -> dict[str, Any]:
+        """What a VMM profile's file says to launch so."""
         merged: dict[str, Any] = {}
-        for cause in self.causes or ():
+        # The base of another VMM counts, not that of the one asked for.
+        for cause in sorted(self.causes or (), key=lambda cause: cause.name == VMM):
             for key, value in cause.profile.items():
                 both = isinstance(value, dict) and key in merged
                 merged[key] = {**merged[key], **value} if both else value
-        return merged
+        return {"format": FORMAT, "name": "mine", **merged} if "base" in merged else merged
 
     def _unexplained(self) -> Iterator[str]:
-        stopped = "" if self.complete else " (the limit: more changes at once were not tried)"
-        yield f"nothing explains this digest: {self.tried} launches tried{stopped}; suspect"
+        limit = "" if self.complete else " (the limit, so not every combination)"
+        yield f"nothing explains this digest: {self.tried} launches tried{limit}; left to suspect:"
         yield from (f"  {suspect}" for suspect in self.suspects)
 
 
@@ -103,7 +112,7 @@ def explain_digest(
     """Search for the launch whose digest (48 bytes) another one than the plan's is.
 
     ``options`` are those that the plan was made with, ``most`` how many launches are tried.
-    ``progress`` is called now and then with how many were and how many there are. Raises
+    ``progress`` is called often, with how many were and how many there are to try. Raises
     FormatError for what is no digest, or a plan that can't be measured.
     """
     if len(digest) != DIGEST_SIZE:
@@ -111,15 +120,14 @@ def explain_digest(
     asked, variants = Asked(plan, options), Variants(plan, options, hasher)
     rows = dimensions(asked)
     total = _number(asked, rows, most) if progress else most
-    tried, said = 0, 0
+    tried = 0
     for changes, counts in _launches(asked, rows):
         for count, found in variants.digests(changes, counts):
             tried += 1
             if found == digest:
                 return Explanation(_causes(asked, rows, changes, count), tried)
-        if progress and tried - said >= _REPORT_EACH:
+        if progress:
             progress(tried, total)
-            said = tried
         if tried >= most:
             return Explanation(None, tried, False, _suspects(asked))
     return Explanation(None, tried, True, _suspects(asked))

@@ -7,6 +7,7 @@ of sev-snp-measure, or from that tool where it knows the cause.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,16 +15,33 @@ from typing import Any
 
 import pytest
 
-from kvmlaunch import LaunchPlan, PlanOptions, explain_digest, explain_vmsa, load_image, load_vmm
+from kvmlaunch import (
+    LaunchPlan,
+    PlanOptions,
+    explain_digest,
+    explain_vmsa,
+    load_image,
+    load_vmm,
+    measure,
+)
 from kvmlaunch.abi.kernel_hashes import KernelHashes, hash_cmdline
 from kvmlaunch.errors import FormatError
 from kvmlaunch.hashing import backends, hasher
 from kvmlaunch.hashing.plain import PlainHasher
 from kvmlaunch.images import VmsaChoice
 from kvmlaunch.launch import variants
+from kvmlaunch.launch.deviations import Asked, dimensions
 from kvmlaunch.launch.explain import Explanation
 from tests.images import published
-from tests.images.builders import AMDSEV_SECTIONS, Seg, elf64
+from tests.images.builders import (
+    AMDSEV_SECTIONS,
+    GUID_SVSM,
+    Seg,
+    elf64,
+    entry_bytes,
+    standard_entries,
+)
+from tests.images.builders import ovmf as ovmf_image
 
 guest = pytest.importorskip("sevsnpmeasure.guest")
 CPU_SIGS = pytest.importorskip("sevsnpmeasure.vcpu_types").CPU_SIGS
@@ -514,6 +532,57 @@ def test_elf_when_the_signature_has_no_effect_does_not_try_it(tmp_path: Path) ->
     assert not explain_digest(plan, digest, options, most=5000)
 
 
+# Firmware of which only the digest is known, and an SVSM
+
+
+def test_firmware_digest_when_given_is_gone_on_from() -> None:
+    start = chain(firmware())
+    options = PlanOptions(firmware_digest=start)
+    digest = chain([*metadata({SEC_MEM: UNMEASURED}), *vmsas(vmm="gce")], start)
+    assert tried_for(digest, load_image(AMDSEV, options), options) == {("VMM", "gce")}
+
+
+def test_firmware_digest_when_given_has_nothing_before_it() -> None:
+    options = PlanOptions(firmware_digest=chain(firmware()))
+    rows = dimensions(Asked(load_image(AMDSEV, options), options))
+    values = {row.key: values for row, values in rows}
+    assert "order" not in values
+    assert "alioth" not in values["vmm"]
+    assert "ec2" in values["vmm"]
+
+
+def svsm_files(tmp_path: Path) -> tuple[Path, Path]:
+    firmware, svsm = tmp_path / "OVMF.fd", tmp_path / "svsm.bin"
+    firmware.write_bytes(ovmf_image(size=0x10000))
+    entries = [entry_bytes(GUID_SVSM, struct.pack("<I", 0x100)), *standard_entries()]
+    svsm.write_bytes(ovmf_image(size=0x8000, entries=entries))
+    return firmware, svsm
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "signature", "expected"),
+    [
+        (1, EPYC_V4, set()),
+        (3, EPYC_V4, {("vCPUs", "3")}),
+        (1, MILAN, {("CPU signature", "0xa00f11 (EPYC-Milan)")}),
+    ],
+)
+def test_svsm_when_sev_snp_measure_says_otherwise_is_explained(
+    tmp_path: Path, vcpus: int, signature: int, expected: set[tuple[str, str]]
+) -> None:
+    image, svsm = svsm_files(tmp_path)
+    digest = guest.calc_launch_digest(
+        *(SevMode.SEV_SNP_SVSM, vcpus, signature, str(image), "", "", "", 1),
+        svsm_file=str(svsm),
+        ovmf_vars_size=0x4000,
+    )
+    options = PlanOptions(svsm=svsm, vars_size=0x4000)
+    found = explain_digest(load_image(image, options), digest, options)
+    # That tool leaves X87_FCW out.
+    assert names(found) == {("MXCSR and X87_FCW", "0x1f80, 0x0"), *expected}
+    assert "--compat sev-snp-measure" in str(found).splitlines()[0]
+
+
 # VMSA modes
 
 
@@ -610,8 +679,8 @@ def test_progress_when_wanted_counts_up_to_the_total(tmp_path: Path) -> None:
         most=60_000,
         progress=lambda tried, total: seen.append((tried, total)),
     )
-    assert [tried for tried, _ in seen] == sorted({tried for tried, _ in seen})
-    assert len(seen) >= 2
+    assert [tried for tried, _ in seen] == sorted(tried for tried, _ in seen)
+    assert len(seen) >= 100
     assert all(tried <= total + 600 for tried, total in seen)
 
 
@@ -626,11 +695,66 @@ def test_words_when_all_can_be_typed_are_the_options() -> None:
     assert "Linux 6.6 and 6.7" in lines[2]
 
 
-def test_words_when_a_profile_gives_it_have_its_keys() -> None:
-    pages = [*firmware(), *metadata({SEC_MEM: UNMEASURED}), *vmsas(gpa=VMSA_GPA_52)]
-    text = str(explain_digest(load_image(AMDSEV), chain(pages)))
-    assert '"vmsa_gpa": "0xffffffffff000"' in text
-    assert '"sections": {"sec-mem": "UNMEASURED"}' in text
+PROFILES: dict[str, tuple[Callable[[], list[Page]], str]] = {
+    "pages-and-gpa": (
+        lambda: [*firmware(), *metadata({SEC_MEM: UNMEASURED}), *vmsas(gpa=VMSA_GPA_52)],
+        "QEMU",
+    ),
+    "order": (lambda: [*metadata(), *firmware(), *vmsas()], "QEMU"),
+    "all-zero-pages": (
+        lambda: [
+            *firmware(),
+            *metadata({SEC_MEM: NORMAL, CAA: NORMAL, HASHES: NORMAL}),
+            *vmsas(),
+        ],
+        "QEMU",
+    ),
+    "no-fcw": (lambda: [*firmware(), *metadata(), *vmsas(fields=NO_FCW)], "QEMU"),
+    "vmm-and-type": (
+        lambda: [*firmware(), *metadata({CAA: NORMAL}, cpuid_last=True), *vmsas(vmm="ec2")],
+        "ec2",
+    ),
+    "no-fpu-and-type": (
+        lambda: [*firmware(), *metadata({CAA: UNMEASURED}), *vmsas(fields=NO_FPU)],
+        "QEMU",
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", PROFILES)
+def test_profile_when_shown_gives_the_digest_as_a_file(tmp_path: Path, planted: str) -> None:
+    pages, base = PROFILES[planted]
+    digest = chain(pages())
+    lines = str(explain_digest(load_image(AMDSEV), digest)).splitlines()
+    assert lines[-2] == "as far as it can be typed: --vmm-type FILE.json"
+    text = lines[-1].removeprefix("FILE.json: ")
+    assert json.loads(text)["base"] == base
+    path = tmp_path / "FILE.json"
+    path.write_text(text)
+    assert measure(load_image(AMDSEV, PlanOptions(vmm=load_vmm(str(path))))).digest == digest
+
+
+def test_profile_when_that_was_a_users_has_no_base(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"format": "kvmlaunch.vmm/1", "name": "own", "base": "ec2", "svsm": false}')
+    options = PlanOptions(vmm=load_vmm(str(path)))
+    digest = chain([*firmware(), *metadata(cpuid_last=True), *vmsas(vmm="ec2", gpa=VMSA_GPA_52)])
+    found = explain_digest(load_image(AMDSEV, options), digest, options)
+    assert (
+        str(found).splitlines()[-1]
+        == 'to change in the VMM profile: {"vmsa_gpa": "0xffffffffff000"}'
+    )
+
+
+def test_words_when_two_options_are_the_same_one_are_a_profile(tmp_path: Path) -> None:
+    alioth = load_image(AMDSEV, PlanOptions(vmm=load_vmm("alioth")))
+    page = patched(alioth.vcpus[0].encode(), NO_FPU)
+    digest = chain([*pages_of(alioth), (VMSA_TYPE, VMSA_GPA, page)])
+    *_, typed, text = str(explain_digest(load_image(AMDSEV), digest)).splitlines()
+    assert typed == "as far as it can be typed: --vmm-type FILE.json"
+    path = tmp_path / "FILE.json"
+    path.write_text(text.removeprefix("FILE.json: "))
+    assert measure(load_image(AMDSEV, PlanOptions(vmm=load_vmm(str(path))))).digest == digest
 
 
 def test_option_when_typed_gives_the_digest() -> None:

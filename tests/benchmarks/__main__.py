@@ -25,7 +25,7 @@ from tests.benchmarks.timing import table
 
 NAMES = (
     *("command_start", "first_exit", "one_ioctl", "measured_page", "page_hashing"),
-    *("whole_measure", "page_log", "softcpu", "simulated_run"),
+    *("whole_measure", "explaining", "page_log", "softcpu", "simulated_run"),
 )
 
 

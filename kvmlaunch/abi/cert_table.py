@@ -53,9 +53,10 @@ def decode(buf: Buffer) -> dict[UUID, bytes]:
     """Read a table; what follows the last blob is skipped.
 
     Raises:
-        FormatError: no end, a blob outside the input, or a GUID twice.
+        FormatError: no end, a blob outside the input, blobs that overlap, or a GUID twice.
     """
     found: dict[UUID, bytes] = {}
+    left = len(buf)
     for at in range(0, len(buf) - _ENTRY.size + 1, _ENTRY.size):
         entry = bytes(buf[at : at + _ENTRY.size])
         if entry == _END:
@@ -64,6 +65,9 @@ def decode(buf: Buffer) -> dict[UUID, bytes]:
         guid = UUID(bytes=raw)
         if offset + length > len(buf):
             raise FormatError(f"the blob of {guid} ends behind the certificate table", offset=at)
+        left -= length
+        if left < 0:
+            raise FormatError("the blobs of the certificate table overlap", offset=at)
         if guid in found:
             raise FormatError(f"{guid} is twice in the certificate table", offset=at)
         found[guid] = bytes(buf[offset : offset + length])

@@ -59,3 +59,12 @@ def test_decode_with_guid_twice_is_format_error() -> None:
 def test_decode_of_arbitrary_bytes_raises_format_error_only(raw: bytes) -> None:
     with contextlib.suppress(FormatError):
         assert all(len(blob) <= len(raw) for blob in decode(raw).values())
+
+
+def test_decode_with_blobs_that_overlap_is_format_error() -> None:
+    # many entries of all of the input would be as many times its size in memory
+    entries = b"".join(
+        bytes([n + 1]) * 16 + bytes(4) + (1000).to_bytes(4, "little") for n in range(2)
+    )
+    with pytest.raises(FormatError, match="overlap"):
+        decode((entries + bytes(24)).ljust(1000, b"x"))

@@ -14,7 +14,7 @@ from kvmlaunch.version import __version__
 
 __all__ = ["run_command"]
 
-_COMMANDS = ("run", "measure", "inspect", "selftest")
+_COMMANDS = ("run", "measure", "inspect", "report", "selftest")
 
 _EPILOG = """\
 exit codes:

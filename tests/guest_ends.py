@@ -105,6 +105,7 @@ SNP: dict[str, End] = {
         (GHCB, "KVM_EXIT_FAIL_ENTRY"),
         detail="the processor refused to enter the guest",
     ),
+    "certs": ok(f"{REPORT}the host has no certificates\n", GHCB, *("shared 1",) * 6),
     "halt": End("", "halted", 0, ("KVM_EXIT_HLT",), detail="the guest halted"),
     "hello": ok(
         "hello from a kvmlaunch guest\nSEV-SNP guest, C-bit [0-9]+, GHCB protocol 2\n",
@@ -138,17 +139,23 @@ PLAIN: dict[str, End] = {
     "vc": ok("string\nports, CPUID, MSRs: ok\nmemory\ndevice in memory: ok\n"),
 }
 
+
+def _unanswered(*exits: str) -> End:
+    return replace(
+        terminated(
+            "guest request: VMM error 0, firmware status 0x[0-9a-f]+\n",
+            14,
+            *(GHCB, *exits),
+            detail="didn't answer a guest message",
+        ),
+        why="the fake secure processor knows no guest messages",
+    )
+
+
 OWN: dict[str, dict[str, End]] = {
     "mainline": {
-        "attest": replace(
-            terminated(
-                "guest request: VMM error 0, firmware status 0x[0-9a-f]+\n",
-                14,
-                *(GHCB, "shared 1", "shared 1"),
-                detail="didn't answer a guest message",
-            ),
-            why="the fake secure processor knows no guest messages",
-        ),
+        "attest": _unanswered(*("shared 1",) * 2),
+        "certs": _unanswered(*("shared 1",) * 6),
     },
     "sim": {
         "vmpl": End(

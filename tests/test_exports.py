@@ -304,6 +304,7 @@ def test_exit_when_made_prints(name: str) -> None:
         "IoExit": (0x80, 1, 1, True, b"x"),
         "MemoryFaultExit": (0, 0, False, 14),
         "MmioExit": (0, 4, True, b"1234"),
+        "ReqCertsExit": (0x1000, 1),
         "SystemEventExit": (6, (0x100,)),
         "UnknownExit": (999,),
     }

@@ -19,12 +19,14 @@ __all__ = [
     "IoExit",
     "MemoryFaultExit",
     "MmioExit",
+    "ReqCertsExit",
     "RetryExit",
     "ShutdownExit",
     "SystemEventExit",
     "UnknownExit",
     "decode_exit",
     "exit_name",
+    "req_certs",
 ]
 
 _NOT_EXITS = ("KVM_EXIT_IO_IN", "KVM_EXIT_IO_OUT", "KVM_EXIT_HYPERCALL_LONG_MODE")
@@ -211,6 +213,21 @@ class MemoryFaultExit(Exit):
 
 
 @dataclass(frozen=True)
+class ReqCertsExit(Exit):
+    """The guest wants certificates with its report, in ``npages`` pages at ``gpa``.
+
+    KVM_EXIT_SNP_REQ_CERTS, once KVM_SEV_SNP_ENABLE_REQ_CERTS was given.
+    """
+
+    reason: ClassVar[str] = "KVM_EXIT_SNP_REQ_CERTS"
+    gpa: int
+    npages: int
+
+    def __str__(self) -> str:
+        return f"{self.reason} gpa={self.gpa:#x} pages={self.npages}"
+
+
+@dataclass(frozen=True)
 class InterruptedExit(Exit):
     """KVM_RUN was interrupted by a signal or by immediate_exit (EINTR)."""
 
@@ -289,6 +306,16 @@ def _memory_fault(run: Any) -> MemoryFaultExit:
     return MemoryFaultExit(int(fault.gpa), int(fault.size), private, 0)
 
 
+def req_certs(run: Any) -> Any:
+    """The ``struct kvm_exit_snp_req_certs *`` of a run page, which kvm_run of 6.12 doesn't name."""
+    return ffi.cast("struct kvm_exit_snp_req_certs *", ffi.addressof(run[0], "io"))
+
+
+def _req_certs(run: Any) -> ReqCertsExit:
+    exit_ = req_certs(run)
+    return ReqCertsExit(int(exit_.gpa), int(exit_.npages))
+
+
 def _debug(run: Any) -> DebugExit:
     arch = run.debug.arch
     return DebugExit(int(arch.exception), int(arch.pc), int(arch.dr6))
@@ -307,4 +334,5 @@ _DECODERS = {
     lib.KVM_EXIT_INTERNAL_ERROR: _internal_error,
     lib.KVM_EXIT_SYSTEM_EVENT: _system_event,
     lib.KVM_EXIT_MEMORY_FAULT: _memory_fault,
+    lib.KVM_EXIT_SNP_REQ_CERTS: _req_certs,
 }

@@ -17,6 +17,7 @@ from kvmlaunch.kvm.exits import (
     MemoryFaultExit,
     RetryExit,
     decode_exit,
+    req_certs,
 )
 from kvmlaunch.kvm.sev_command import SevResult, sev_command
 from kvmlaunch.uapi import Platform, ffi, lib
@@ -130,6 +131,17 @@ class Vcpu(Descriptor):
     def complete_hypercall(self, ret: int) -> None:
         """Answer a hypercall; written always, since kernels before 6.14 don't preset it."""
         self.kvm_run.hypercall.ret = ret
+
+    def complete_req_certs(self, ret: int, *, npages: int | None = None) -> None:
+        """Answer a `ReqCertsExit`: 0, or an errno that the guest gets as an error.
+
+        ENOSPC with ``npages`` says how many pages it takes; EAGAIN is busy, EIO any other error,
+        and all else lets the next run() fail with EINVAL.
+        """
+        exit_ = req_certs(self.kvm_run)
+        exit_.ret = ret
+        if npages is not None:
+            exit_.npages = npages
 
     def get_regs(self) -> dict[str, Any]:
         """General registers (KVM_GET_REGS)."""

@@ -30,6 +30,7 @@ from kvmlaunch.launch.measure import Predictor, finish_records
 from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.registers import read_registers
 from kvmlaunch.snp import CpuidRejected, Finished, New, Started
+from kvmlaunch.snp.req_certs import enable_req_certs
 from kvmlaunch.snp.vcpu_state import VcpuState, enable_direct_vmsa, get_vcpu_state, set_vcpu_state
 from kvmlaunch.uapi import Inspector, Platform, Proposal, address_of, default_proposal, ffi, lib
 
@@ -78,7 +79,7 @@ class _Backing(NamedTuple):
 class Guest:
     """A guest under construction, launched, or running. A context manager.
 
-    Attributes: ``plan``, ``platform``, ``kvm``, ``vm``, ``sev`` (None for a plain
+    Attributes: ``plan``, ``platform``, ``certificates``, ``kvm``, ``vm``, ``sev`` (None for a plain
     VM), ``vcpus``, ``records`` (so far), ``state`` (New, Started, Finished; None for a
     plain VM) and ``corrections`` (refused CPUID pages whose correction was taken).
     """
@@ -90,6 +91,7 @@ class Guest:
         *,
         ghcb_version: int = 0,
         proposal: Proposal | None = None,
+        certificates: bytes | None = None,
     ) -> None:
         """Build everything up to the vCPUs. Raises MissingCapability and IoctlError.
 
@@ -97,11 +99,14 @@ class Guest:
         for a plan that only predicts. VMSAs of another VMM are those that this KVM makes.
         A plan that isn't confidential makes a plain VM, whose pages are loaded at once.
         ``ghcb_version`` is for KVM_SEV_INIT2; 0 leaves it to the kernel. ``proposal``: numbers
-        of the VMSA modes ``page`` and ``direct`` (else `default_proposal`).
+        of the VMSA modes ``page`` and ``direct`` (else `default_proposal`). ``certificates`` is
+        the table for extended guest requests (`kvmlaunch.abi.cert_table`), which needs a kernel
+        that asks for it.
         """
         _check_launchable(plan)
         self.plan = plan = plan.on_kvm()
         self.platform = platform
+        self.certificates = certificates
         self._proposal = default_proposal() if proposal is None else proposal
         self.records: list[PageRecord] = []
         self.corrections: list[CpuidRejected] = []
@@ -139,6 +144,8 @@ class Guest:
         vm.enable_cap(lib.KVM_CAP_EXIT_HYPERCALL, 1 << lib.KVM_HC_MAP_GPA_RANGE)
         features = self.plan.sev_features & ~1
         self.state = New.init(vm, self.sev, vmsa_features=features, ghcb_version=ghcb_version)
+        if self.certificates is not None:
+            enable_req_certs(vm)
         if self.plan.vmsa_mode is VmsaMode.DIRECT:
             self._enable_direct_vmsa(vm)
         return vm

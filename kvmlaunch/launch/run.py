@@ -26,6 +26,7 @@ from kvmlaunch.kvm.exits import (
     IoExit,
     MemoryFaultExit,
     MmioExit,
+    ReqCertsExit,
     RetryExit,
     ShutdownExit,
     SystemEventExit,
@@ -297,6 +298,9 @@ class _Run:
             self._on_exit(index, exit_)
         if isinstance(exit_, HypercallExit):
             return self._hypercall(index, vcpu, exit_)
+        if isinstance(exit_, ReqCertsExit) and self._guest.certificates is not None:
+            self._certificates(vcpu, exit_, self._guest.certificates)
+            return None
         return _final(self._guest, index, exit_)
 
     def _console_access(self, index: int, uart: Uart, exit_: IoExit | MmioExit) -> bytes:
@@ -336,6 +340,22 @@ class _Run:
         else:
             vcpu.complete_hypercall(0)
         return None
+
+    def _certificates(self, vcpu: Vcpu, exit_: ReqCertsExit, table: bytes) -> None:
+        """Put the table where the guest wants it, or tell it how many pages that takes."""
+        npages = -(-len(table) // _PAGE)
+        if exit_.npages < npages:
+            vcpu.complete_req_certs(errno.ENOSPC, npages=npages)
+            return
+        try:
+            self._guest.memory_view(exit_.gpa, npages * _PAGE)[:] = table.ljust(
+                npages * _PAGE, b"\0"
+            )
+        except FormatError:
+            # Outside its memory: the guest gets an error and decides itself.
+            vcpu.complete_req_certs(errno.EIO)
+        else:
+            vcpu.complete_req_certs(0)
 
 
 def _is_failed_check(outcome: Outcome) -> bool:

@@ -33,6 +33,7 @@ class Session:
         log: PageLog | NullLog | None = None,
         ioctls: bool = False,
         proposal: Proposal | None = None,
+        certificates: bytes | None = None,
     ) -> None:
         self.plan = plan
         self.log = log if log is not None else NullLog()
@@ -45,7 +46,7 @@ class Session:
             profile=platform.profile,
             vmsa_mode=str(plan.vmsa_mode) if plan.confidential else "none",
         )
-        self.guest = Guest(plan, self.platform, proposal=proposal)
+        self.guest = Guest(plan, self.platform, proposal=proposal, certificates=certificates)
 
     def launch(self, *, retry_cpuid: bool = False) -> WitnessReport:
         """Launch the guest; what was done is in the log also when it fails."""

@@ -123,6 +123,7 @@ METHODS = (
     Method(Vcpu, "complete_io", lambda w: w.vcpu.complete_io(b"")),
     Method(Vcpu, "complete_mmio", lambda w: w.vcpu.complete_mmio(b"")),
     Method(Vcpu, "complete_hypercall", lambda w: w.vcpu.complete_hypercall(0)),
+    Method(Vcpu, "complete_req_certs", lambda w: w.vcpu.complete_req_certs(0)),
     Method(Vcpu, "get_regs", lambda w: w.vcpu.get_regs(), ("KVM_GET_REGS",)),
     Method(Vcpu, "set_regs", lambda w: w.vcpu.set_regs({"rip": 1}), ("KVM_SET_REGS",)),
     Method(Vcpu, "get_sregs", lambda w: w.vcpu.get_sregs(), ("KVM_GET_SREGS",)),

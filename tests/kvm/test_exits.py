@@ -18,6 +18,7 @@ from kvmlaunch.kvm.exits import (
     IoExit,
     MemoryFaultExit,
     MmioExit,
+    ReqCertsExit,
     ShutdownExit,
     SystemEventExit,
     UnknownExit,
@@ -235,6 +236,15 @@ def test_memory_fault_when_decoded_tells_what_was_wanted(flags: int, private: bo
     assert str(exit_) == f"KVM_EXIT_MEMORY_FAULT gpa=0x5000 size=0x1000 access={wanted}"
 
 
+def test_req_certs_when_decoded_has_the_guests_buffer() -> None:
+    page = _Page("KVM_EXIT_SNP_REQ_CERTS")
+    # 7.0: gpa at 0x20, npages at 0x28 (kernel-snp-abi 3.7)
+    ffi.memmove(page.memory + 0x20, (0x5000).to_bytes(8, "little") + b"\x03".ljust(8, b"\0"), 16)
+    exit_ = page.decode()
+    assert exit_ == ReqCertsExit(0x5000, 3)
+    assert str(exit_) == "KVM_EXIT_SNP_REQ_CERTS gpa=0x5000 pages=3"
+
+
 def _unknown(reason: int) -> Exit:
     page = _Page("KVM_EXIT_UNKNOWN")
     page.run.exit_reason = reason
@@ -244,7 +254,6 @@ def _unknown(reason: int) -> Exit:
 @pytest.mark.parametrize(
     ("reason", "text"),
     [
-        (lib.KVM_EXIT_SNP_REQ_CERTS, "KVM_EXIT_SNP_REQ_CERTS"),
         (lib.KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN"),
         (999, "KVM_EXIT_999"),
         (2**32 - 1, "KVM_EXIT_4294967295"),

@@ -314,3 +314,14 @@ def test_hypercall_when_completed_has_its_answer_in_the_run_page(simulated: Mach
     simulated.vcpu.kvm_run.hypercall.ret = 99
     simulated.vcpu.complete_hypercall(22)
     assert simulated.vcpu.kvm_run.hypercall.ret == 22
+
+
+@pytest.mark.parametrize(("npages", "left"), [(None, 7), (3, 3)])
+def test_req_certs_when_completed_has_its_answer_in_the_run_page(
+    simulated: Machine, npages: int | None, left: int
+) -> None:
+    # kernel-snp-abi 3.7: npages at 0x28 of the run page, ret at 0x30
+    page = ffi.cast("uint64_t *", simulated.vcpu.kvm_run)
+    page[5], page[6] = 7, 99
+    simulated.vcpu.complete_req_certs(errno.ENOSPC, npages=npages)
+    assert (page[5], page[6]) == (left, 28)

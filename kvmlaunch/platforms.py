@@ -14,6 +14,7 @@ __all__ = ["DEFAULT_PROFILE", "Choice", "host_cbitpos", "open_platform", "profil
 
 DEFAULT_PROFILE = "6.12"
 _VMPL_PROFILE = "multi-vmpl"
+_CERTIFICATES_PROFILE = "7.0"
 _PROFILES = {VmsaMode.PAGE: "vmsa-page", VmsaMode.DIRECT: "direct-vmsa"}
 
 
@@ -57,13 +58,14 @@ def open_platform(
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
 
 
-def profile_for(plan: LaunchPlan, asked: str | None = None) -> str:
+def profile_for(plan: LaunchPlan, asked: str | None = None, *, certificates: bool = False) -> str:
     """What to simulate for ``plan``: what was asked for, where that names a kernel.
 
-    Else mainline, unless the plan needs VMPLs or a proposal's VMSA mode, with the settings that
-    were asked for.
+    Else mainline, unless the plan needs VMPLs or a proposal's VMSA mode, or there are
+    certificates for the guest's extended requests; with the settings that were asked for.
     """
-    default = _VMPL_PROFILE if plan.vmpls else _PROFILES.get(plan.vmsa_mode, DEFAULT_PROFILE)
+    mainline = _CERTIFICATES_PROFILE if certificates else DEFAULT_PROFILE
+    default = _VMPL_PROFILE if plan.vmpls else _PROFILES.get(plan.vmsa_mode, mainline)
     if not asked:
         return default
     return f"{default},{asked}" if "=" in asked.split(",")[0] else asked

@@ -1,7 +1,8 @@
 """Certificates of reports: read from files, and as plain values.
 
 A file may be PEM (any number of certificates and revocation lists, in any order), DER, several
-DER behind one another, or the certificate table of an extended guest request.
+DER behind one another, or the certificate table of an extended guest request, also in hex on a
+guest's console (as the example guest ``certs`` prints it).
 
 Source: AMD 57230 (VCEK certificate and KDS), compared with real certificates. Those have serial
 number 0, which RFC 5280 doesn't allow and cryptography warns of.
@@ -15,7 +16,7 @@ import datetime
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ __all__ = ["Certificate", "RevocationList", "read_certificates", "read_crls"]
 _MOST_CERTIFICATES = 64
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,32})-----(.*?)-----END \1-----", re.DOTALL)
 _BEGIN = b"-----BEGIN "
-_CERTIFICATE, _CRL = b"CERTIFICATE", b"X509 CRL"
+_CERTIFICATE, _CRL, _TABLE = b"CERTIFICATE", b"X509 CRL", b"CERTIFICATE TABLE"
 _SEQUENCE = 0x30
 
 # 1.3.6.1.4.1.3704.1 is AMD's arc (AMD 57230).
@@ -204,16 +205,19 @@ def _structures(data: bytes, label: bytes) -> Iterator[bytes]:
     elif data[:1] == bytes([_SEQUENCE]):
         yield from _from_der(data)
     elif label == _CERTIFICATE and data:
-        for guid, blob in _table(data).items():
-            if guid in cert_table.CERT_GUIDS.values():
-                yield from _from_pem(blob, label) if _BEGIN in blob else _from_der(blob)
+        try:
+            table = cert_table.decode(data)
+        except FormatError:
+            raise FormatError(
+                "no certificate: neither PEM nor DER nor a certificate table"
+            ) from None
+        yield from _from_table(table)
 
 
-def _table(data: bytes) -> dict[UUID, bytes]:
-    try:
-        return cert_table.decode(data)
-    except FormatError:
-        raise FormatError("no certificate: neither PEM nor DER nor a certificate table") from None
+def _from_table(table: Mapping[UUID, bytes]) -> Iterator[bytes]:
+    for guid, blob in table.items():
+        if guid in cert_table.CERT_GUIDS.values():
+            yield from _from_pem(blob, _CERTIFICATE) if _BEGIN in blob else _from_der(blob)
 
 
 def _from_pem(data: bytes, label: bytes) -> Iterator[bytes]:
@@ -223,6 +227,8 @@ def _from_pem(data: bytes, label: bytes) -> Iterator[bytes]:
     for found, text in blocks:
         if found == label:
             yield _decoded(text)
+        elif found == _TABLE and label == _CERTIFICATE:
+            yield from _from_table(cert_table.decode(_from_hex(text)))
 
 
 def _decoded(text: bytes) -> bytes:
@@ -230,6 +236,13 @@ def _decoded(text: bytes) -> bytes:
         return base64.b64decode(b"".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise FormatError("a PEM block is not base64") from None
+
+
+def _from_hex(text: bytes) -> bytes:
+    try:
+        return binascii.unhexlify(b"".join(text.split()))
+    except ValueError:
+        raise FormatError("a certificate table is not hex") from None
 
 
 def _from_der(data: bytes) -> Iterator[bytes]:

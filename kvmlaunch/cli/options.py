@@ -31,17 +31,21 @@ _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _BLOB_MOST = 1 << 16
 _INPUTS = ("image", "ovmf", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file")
-_OUTPUTS = ("log", "trace_out", "report_out")
+_OUTPUTS = ("log", "trace_out", "report_out", "chain_out")
 _NOT_YET = {
     "igvm": "IGVM files can't be launched yet",
 }
 _QEMU = "QEMU"
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """The image and everything that changes its launch digest."""
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="flat, ELF or OVMF image")
+def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+    """The image and everything that changes its launch digest; or the image as --image."""
+    what = "flat, ELF or OVMF image"
+    if positional:
+        parser.add_argument("image", nargs="?", metavar="IMAGE", help=what)
     image = parser.add_argument_group("image")
+    if not positional:
+        image.add_argument("--image", metavar="IMAGE", help=what)
     image.add_argument("--ovmf", metavar="FILE", help="OVMF firmware, instead of IMAGE")
     image.add_argument("--igvm", metavar="FILE", help="IGVM file, instead of IMAGE (not yet)")
     image.add_argument("--image-type", choices=IMAGE_TYPES, default="auto", help="default: auto")

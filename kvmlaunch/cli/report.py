@@ -14,13 +14,15 @@ from kvmlaunch.abi.report import AttestationReport
 from kvmlaunch.abi.tcb import Product
 from kvmlaunch.attestation.show import as_json, as_text
 from kvmlaunch.attestation.source import find_report, read_file
+from kvmlaunch.cli.certificates import load_certificates
 from kvmlaunch.cli.options import add_image_options, number, plan_from
+from kvmlaunch.cli.run import add_run_options, run_image
 from kvmlaunch.cli.talk import DONE, FAILED, Talk
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, as_asked
 from kvmlaunch.errors import FormatError, ImageError
 
 if TYPE_CHECKING:
-    from kvmlaunch.attestation.certificates import Certificate, RevocationList
+    from kvmlaunch.attestation.certificates import RevocationList
     from kvmlaunch.attestation.verify import Expected
 
 __all__ = ["add_parser"]
@@ -46,6 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parts = parser.add_subparsers(metavar="PART", required=True)
     _add_show(parts)
     _add_verify(parts)
+    _add_get(parts)
 
 
 def _add_show(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -69,11 +72,10 @@ def _add_verify(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "verify",
         help="verify a report's signature, its chain and its fields",
         description="Verify a report: signature, certificates and the fields that are given. "
-        "With IMAGE its measurement must be the image's predicted launch digest.",
+        "With --image its measurement must be the image's predicted launch digest.",
         epilog="exit codes: 0 all is right, 1 a check failed, 2 usage or bad input",
     )
     parser.add_argument("report", metavar="FILE", help=_FILE)
-    add_image_options(parser)
     trust = parser.add_argument_group("certificates")
     trust.add_argument(
         "--certs",
@@ -100,7 +102,7 @@ def _add_verify(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--allow-simulated", action="store_true", help="take the chain of a simulated host"
     )
     group = parser.add_argument_group("expected fields (hex or base64)")
-    group.add_argument("--digest", metavar="DIGEST", help="launch digest, instead of IMAGE")
+    group.add_argument("--digest", metavar="DIGEST", help="launch digest, instead of --image")
     for name, size in _SIZES.items():
         option = name.replace("_", "-")
         group.add_argument(f"--{option}", metavar="HEX", help=f"{size} bytes")
@@ -115,8 +117,24 @@ def _add_verify(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     group.add_argument("--no-debug", action="store_true", help="the policy must forbid debugging")
     parser.add_argument("--json", action="store_true", help="for machines")
+    add_image_options(parser, positional=False)
     add_vmsa_options(parser)
     parser.set_defaults(command=_verify)
+
+
+def _add_get(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = parts.add_parser(
+        "get",
+        help="run a guest that prints its report, and keep that",
+        description="Run a guest that asks for its attestation report and prints it, as "
+        "examples/guests/attest does: run --report-out FILE, without the guest's console.",
+    )
+    add_run_options(parser, report_required=True)
+    parser.set_defaults(command=_get)
+
+
+def _get(args: argparse.Namespace, talk: Talk) -> int:
+    return run_image(args, talk, lambda text: None)
 
 
 def _show(args: argparse.Namespace, talk: Talk) -> int:
@@ -134,11 +152,11 @@ def _verify(args: argparse.Namespace, talk: Talk) -> int:
 
     verdict = verify_report(
         _report(args.report),
-        [c for path in args.certs for c in _certificates(path)],
+        [c for path in args.certs for c in load_certificates(path)],
         _expected(args, talk),
         now=args.at,
         crls=[crl for path in args.crl for crl in _crls(path)],
-        trusted=[c.key_digest for path in args.trust_ark for c in _certificates(path)],
+        trusted=[c.key_digest for path in args.trust_ark for c in load_certificates(path)],
         allow_simulated=args.allow_simulated,
     )
     if args.json:
@@ -158,16 +176,6 @@ def _report(path: str) -> AttestationReport:
     data = read_file(path)
     try:
         return AttestationReport.decode(find_report(data))
-    except FormatError as error:
-        raise ImageError(path, error.rule, offset=error.offset) from None
-
-
-def _certificates(path: str) -> list[Certificate]:
-    from kvmlaunch.attestation.certificates import read_certificates
-
-    data = read_file(path)
-    try:
-        return read_certificates(data)
     except FormatError as error:
         raise ImageError(path, error.rule, offset=error.offset) from None
 

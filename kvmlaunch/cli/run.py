@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvmlaunch.cli.certificates import (
+    add_certificate_options,
+    certificates_from,
+    write_chain,
+)
 from kvmlaunch.cli.inside import Inside, add_inside_options, describe_end
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
@@ -24,7 +30,7 @@ from kvmlaunch.launch.printed_report import (
 if TYPE_CHECKING:
     from kvmlaunch.uapi import Platform
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "add_run_options", "run_image"]
 
 _CODES = {"timeout": TIMEOUT, "interrupted": INTERRUPTED, "no-cpu": SKIPPED}
 
@@ -37,6 +43,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Launch a guest and run it. Its console (port 0x3f8) is stdout; a write to "
         "port 0xf4 ends it, value 0 well.",
     )
+    add_run_options(parser)
+    parser.set_defaults(command=_run)
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, report_required: bool = False) -> None:
+    """Everything that `run_image` looks at."""
     add_image_options(parser)
     add_launch_options(parser)
     group = parser.add_argument_group("host")
@@ -80,14 +92,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--report-out",
         metavar="FILE",
+        required=report_required,
         help="write the attestation report that the guest prints (as examples/guests/attest does)",
     )
+    add_certificate_options(group)
     group.add_argument("--ioctls", action="store_true", help="put every call into the log, too")
     add_inside_options(parser)
-    parser.set_defaults(command=_run)
 
 
 def _run(args: argparse.Namespace, talk: Talk) -> int:
+    return run_image(args, talk, _print_console)
+
+
+def run_image(
+    args: argparse.Namespace, talk: Talk, print_console: Callable[[bytes], object]
+) -> int:
+    """Do what the options ask for; returns the exit code."""
     from kvmlaunch.launch.session import Session
     from kvmlaunch.launch.vmsa_mode import settle_vmsa_mode
     from kvmlaunch.platforms import open_platform, profile_for
@@ -103,16 +123,20 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
         raise FormatError("--ioctls needs --log FILE")
     choice = open_platform(
         args.platform,
-        profile=profile_for(plan, args.sim),
+        profile=profile_for(plan, args.sim, certificates=args.certs is not None),
         confidential=confidential,
         faults=args.sim_fault,
     )
     if args.sim_fault and choice.platform.name != "sim":
         raise FormatError("--sim-fault is for the simulated host: add --platform sim")
-    if args.report_out is not None:
-        check_folder(args.report_out)
+    if args.certs is not None and not confidential:
+        raise FormatError("--certs is for SNP guests, not for --vm-type plain")
+    for path in filter(None, (args.report_out, args.chain_out)):
+        check_folder(path)
     inside = Inside(args, choice.platform)
     talk.say(choice.why)
+    certificates = certificates_from(args, choice.platform)
+    write_chain(args, choice.platform, talk)
     if plan.cbitpos is not None and args.cbitpos is None:
         plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
     proposal = proposal_from(args)
@@ -127,7 +151,14 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
     for line in filter(None, (*settled.changes, settled.why)):
         talk.say(line)
     with open_log(args.log) as log:
-        session = Session(plan, choice.platform, log=log, ioctls=args.ioctls, proposal=proposal)
+        session = Session(
+            plan,
+            choice.platform,
+            log=log,
+            ioctls=args.ioctls,
+            proposal=proposal,
+            certificates=certificates,
+        )
         session.on_record = lambda record: talk.detail(str(record))
         session.on_exit = lambda vcpu, exit_: talk.detail(f"vCPU {vcpu}: {exit_}")
         with session:
@@ -144,7 +175,7 @@ def _run(args: argparse.Namespace, talk: Talk) -> int:
             printed = PrintedReport()
 
             def console(text: bytes) -> None:
-                _print_console(text)
+                print_console(text)
                 printed.add(text)
 
             outcome = inside.run(session, console, talk)

@@ -154,3 +154,30 @@ def test_certificates_when_anything_raise_format_error_only(data):
         for raw in (data, b"\x30" + data):
             with contextlib.suppress(FormatError):
                 read(raw)
+
+
+def printed(data: bytes) -> bytes:
+    """As examples/guests/certs prints it, whole lines of 32 bytes."""
+    lines = [data[at : at + 32].ljust(32, b"\0").hex().encode() for at in range(0, len(data), 32)]
+    block = b"\r\n".join([b"-----BEGIN CERTIFICATE TABLE-----", *lines])
+    return b"hello\r\n" + block + b"\r\n-----END CERTIFICATE TABLE-----\r\n"
+
+
+def test_certificates_when_a_guest_printed_their_table_are_found():
+    other = b"-----BEGIN ATTESTATION REPORT-----\n00\n-----END ATTESTATION REPORT-----\n"
+    assert names(other + printed(TABLE)) == ["SEV-VCEK", "SEV-Milan", "ARK-Milan"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (printed(TABLE).replace(b"0", b"x"), "not hex"),
+        (printed(TABLE[:100]), "ends behind the certificate table"),
+        (printed(bytes(24)), "no certificate"),
+        (printed(printed(TABLE)), "ends behind the certificate table|no certificate"),
+        (printed(table(ASK=printed(table(ASK=b"x")))), "not DER"),
+    ],
+)
+def test_certificates_when_a_printed_table_is_bad_say_what_is_wrong(text, why):
+    with pytest.raises(FormatError, match=why):
+        read_certificates(text)

@@ -115,8 +115,8 @@ def test_verify_when_the_image_gives_the_digest_compares_it(
     path.write_bytes(ca.report(measurement=bytes.fromhex(digest)))
     # --policy and --host-data are the report's here, and may be any
     fields = ("--policy", "0x30000", "--host-data", "00" * 32)
-    assert verify(cli, path, halt, "--vcpus", "2", *trust, *fields).code == 0
-    done = verify(cli, path, halt, *trust)
+    assert verify(cli, path, "--image", halt, "--vcpus", "2", *trust, *fields).code == 0
+    done = verify(cli, path, *trust, "--image", halt)
     assert (done.code, done.errors) == (1, ["kvmlaunch: not verified: measurement"])
 
 
@@ -170,7 +170,7 @@ def test_verify_when_an_option_is_bad_is_2_and_one_sentence(
 def test_verify_when_digest_and_image_are_given_is_2(
     cli: Cli, report: Path, halt: Path, trust: list[object]
 ) -> None:
-    done = verify(cli, report, halt, *trust, "--digest", "ab" * 48)
+    done = verify(cli, report, "--image", halt, *trust, "--digest", "ab" * 48)
     assert (done.code, done.out) == (2, "")
     assert "give the launch digest once" in done.err
 

@@ -83,6 +83,14 @@ def test_serial_when_zero_as_amds_is_read_without_a_warning():
     assert found.serial == 0
 
 
+def test_name_when_it_breaks_a_rule_is_read_without_a_warning():
+    # 2.5.4.10 organizationName -> 2.5.4.6 countryName, which has two letters
+    organization = bytes.fromhex("060355040a0c0454657374")
+    assert organization in LEAF
+    (found,) = read_certificates(LEAF.replace(organization, organization.replace(b"\x0a", b"\x06")))
+    assert found.subject == "CN=SEV-VCEK,C=Test"
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [

@@ -1,8 +1,9 @@
 """Certificates of the simulated chip's keys: ARK signs ASK, ASK signs VCEK (or VLEK).
 
 Formats, algorithms and extensions are those of AMD's certificates (AMD 57230, VCEK
-certificate), the names are not: each says SIMULATED. Serial numbers are 1 where AMD's are 0,
-which X.509 (RFC 5280) doesn't allow. There is no revocation list.
+certificate), the names are not: each says SIMULATED. Serial numbers are AMD's for Milan, except
+that those of VCEK and VLEK are 1 and not 0, which X.509 (RFC 5280) doesn't allow. There is no
+revocation list.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _PUBLIC_EXPONENT = 65537
 _RSA_BITS = 4096
 _SALT_SIZE = 48
 _CA_DAYS, _LEAF_DAYS = 25 * 365, 7 * 365
+# A revocation list names certificates of one issuer by these.
+_ARK_SERIAL, _LEAF_SERIAL = 0x10000, 1
+_INTERMEDIATE_SERIALS = {SigningKey.VCEK: 0x10001, SigningKey.VLEK: 0x10101}
 _CSP_ID = "SIMULATED"
 # Parts whose security version has an extension; the rest are reserved parts, always 0.
 _SPL = {"bootloader": 1, "tee": 2, "snp": 3, "microcode": 8}
@@ -90,6 +94,7 @@ class CertificateAuthority:
                     ask.certificate.subject,
                     ask.key,
                     _LEAF_DAYS,
+                    _LEAF_SERIAL,
                     self._extensions(kind, tcb, hwid),
                 )
                 self._chains[kind, name] = CertificateChain(
@@ -99,14 +104,15 @@ class CertificateAuthority:
 
     def _root(self) -> _Issuer:
         if self._ark is None:
-            self._ark = _issuer(f"ARK-{self._product}", None, path_length=1)
+            self._ark = _issuer(f"ARK-{self._product}", None, _ARK_SERIAL, path_length=1)
         return self._ark
 
     def _intermediate(self, kind: SigningKey) -> _Issuer:
         if kind not in self._intermediates:
             middle = "VLEK-" if kind is SigningKey.VLEK else ""
             name = f"SEV-{middle}{self._product}"
-            self._intermediates[kind] = _issuer(name, self._root(), path_length=0)
+            serial = _INTERMEDIATE_SERIALS[kind]
+            self._intermediates[kind] = _issuer(name, self._root(), serial, path_length=0)
         return self._intermediates[kind]
 
     def _extensions(
@@ -136,7 +142,7 @@ class _Issuer(NamedTuple):
     certificate: x509.Certificate
 
 
-def _issuer(name: str, parent: _Issuer | None, *, path_length: int) -> _Issuer:
+def _issuer(name: str, parent: _Issuer | None, serial: int, *, path_length: int) -> _Issuer:
     """Make a key and its certificate, signed by `parent` or by itself."""
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import rsa
@@ -159,6 +165,7 @@ def _issuer(name: str, parent: _Issuer | None, *, path_length: int) -> _Issuer:
         parent.certificate.subject if parent else _name(name),
         parent.key if parent else key,
         _CA_DAYS,
+        serial,
         (x509.BasicConstraints(ca=True, path_length=path_length), usage),
         critical=True,
     )
@@ -171,6 +178,7 @@ def _certificate(
     issuer: x509.Name,
     issuer_key: rsa.RSAPrivateKey,
     days: int,
+    serial: int,
     extensions: Iterable[x509.ExtensionType],
     *,
     critical: bool = False,
@@ -186,7 +194,7 @@ def _certificate(
         .subject_name(name)
         .issuer_name(issuer)
         .public_key(key)
-        .serial_number(1)
+        .serial_number(serial)
         .not_valid_before(start)
         .not_valid_after(start + datetime.timedelta(days=days))
     )

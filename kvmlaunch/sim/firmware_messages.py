@@ -231,8 +231,13 @@ class MessageCommands(PlatformCommands):
         profile = self.profile
         flags = {
             "smt_en": profile.smt_enabled,
+            "tsme_en": profile.tsme_enabled,
+            "ecc_en": profile.ecc_enabled,
             "rapl_dis": profile.rapl_disabled,
             "ciphertext_hiding_dram_en": profile.ciphertext_hiding,
+            # GEN: only reports of version 3 and up have the bit.
+            "alias_check_complete": profile.alias_check_complete
+            and profile.report_version >= _REPORT_HAS_CPUID,
         }
         return sum(on << PLATFORM_INFO[name] for name, on in flags.items())
 

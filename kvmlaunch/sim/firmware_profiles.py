@@ -40,9 +40,10 @@ class FirmwareProfile:
     """One firmware on one platform configuration.
 
     `policy_bits` are the guest policy bits that are known, the others reserved. `smt_enabled`
-    to `cxl_present` are what LAUNCH_START and ACTIVATE compare policies with.
-    `report_version` is 3 by default, for reports that name their CPU, although firmware up to
-    1.55 gives 2 (obs); 5 brings the mitigation vectors.
+    to `cxl_present` are what LAUNCH_START and ACTIVATE compare policies with; `tsme_enabled` to
+    `alias_check_complete` are for reports only. `report_version` is 3 by default, for reports
+    that name their CPU, although firmware up to 1.55 gives 2 (obs); 5 brings the mitigation
+    vectors.
     """
 
     product: Product = "Milan"
@@ -58,6 +59,9 @@ class FirmwareProfile:
     rapl_disabled: bool = False
     ciphertext_hiding: bool = False
     cxl_present: bool = False
+    tsme_enabled: bool = False
+    ecc_enabled: bool = False
+    alias_check_complete: bool = False
     policy_bits: int = _POLICY_BITS_1_55
     secrets_version: int = 3
     cpuid_policy: CpuidPolicyName = "strict"

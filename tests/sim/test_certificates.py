@@ -89,6 +89,17 @@ def test_issuers_may_sign_certificates_only(product: Product, kind: SigningKey) 
         assert not usage.value.digital_signature
 
 
+@pytest.mark.usefixtures("few_rsa_keys")
+def test_issuers_certificates_have_serial_numbers_of_their_own() -> None:
+    numbers = [
+        certificate.serial_number
+        for kind in (SigningKey.VCEK, SigningKey.VLEK)
+        for certificate in certificates("Milan", kind)
+    ]
+    # As AMD's for Milan: SEV-Milan, ARK-Milan, SEV-VLEK-Milan.
+    assert numbers == [1, 0x10001, 0x10000, 1, 0x10101, 0x10000]
+
+
 def extensions(product: Product, kind: SigningKey) -> dict[str, bytes]:
     leaf, _, _ = certificates(product, kind)
     assert not any(extension.critical for extension in leaf.extensions)

@@ -162,6 +162,10 @@ def test_report_with_agent_has_its_id() -> None:
         ({"smt_enabled": False}, 0),
         ({"rapl_disabled": True}, 0b01001),
         ({"ciphertext_hiding": True}, 0b10001),
+        ({"tsme_enabled": True}, 0b00011),
+        ({"ecc_enabled": True}, 0b00101),
+        ({"alias_check_complete": True}, 0b100001),
+        ({"alias_check_complete": True, "report_version": 2}, 0b000001),
     ],
 )
 def test_platform_info_is_what_the_platform_has_on(change: dict[str, bool], bits: int) -> None:

@@ -88,8 +88,7 @@ def verify_report(
         )
         checks.append(_signature(report, chain.leaf))
         checks += _bindings(report, chain)
-        if report.version <= 2:
-            layout = chain.product or layout
+        layout = chain.product or layout
         said += _what_is_not_bound(report, chain)
     else:
         number = int(kind)
@@ -148,9 +147,10 @@ def _is_signed(report: AttestationReport, leaf: Certificate) -> bool:
 
 def _bindings(report: AttestationReport, chain: Chain) -> Iterator[Check]:
     """What the key's certificate says of the report's platform."""
-    if report.version > 2 and chain.product is not None:
+    # A model that isn't known yet may well be one of the chain's.
+    if report.product is not None and chain.product is not None:
         same = report.product == chain.product
-        yield Check("product", same, report.product or "not known", chain.product)
+        yield Check("product", same, report.product, chain.product)
     yield _certified_tcb(report, chain)
     if chain.kind is SigningKey.VLEK or report.chip_id == _MASKED:
         return

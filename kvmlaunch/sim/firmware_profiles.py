@@ -42,8 +42,8 @@ class FirmwareProfile:
     `policy_bits` are the guest policy bits that are known, the others reserved. `smt_enabled`
     to `cxl_present` are what LAUNCH_START and ACTIVATE compare policies with; `tsme_enabled` to
     `alias_check_complete` are for reports only. `report_version` is 3 by default, for reports
-    that name their CPU, although firmware up to 1.55 gives 2 (obs); 5 brings the mitigation
-    vectors.
+    that name their CPU, as real ones of 1.55.29 (Milan) and 1.55.40 (Genoa) are, those of 1.52
+    being 2; 5 brings the mitigation vectors, as real ones of 1.55.43 (Genoa) and 1.55.61 (Turin).
     """
 
     product: Product = "Milan"

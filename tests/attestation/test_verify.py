@@ -229,6 +229,14 @@ def test_product_when_the_chain_is_anothers_fails():
     assert [str(c) for c in verdict.failed] == ["FAIL  product: got Genoa, expected Milan"]
 
 
+def test_product_when_the_model_is_not_known_is_that_of_the_chain():
+    verdict = verify(
+        ca.turin_report(cpuid_mod_id=0x3F), chain("Turin"), Expected(min_tcb={"fmc": 2})
+    )
+    assert failed(verdict) == []
+    assert "product" not in [check.name for check in verdict.checks]
+
+
 # Expectations
 
 WANTED = {

@@ -70,7 +70,6 @@ class Certificate:
     key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey
     key_digest: str
     is_ca: bool
-    is_pss_sha384: bool
     signature: bytes
     signed: bytes
     extensions: dict[str, bytes]
@@ -94,8 +93,8 @@ class Certificate:
 
     @property
     def is_simulated(self) -> bool:
-        """Whether subject or issuer says SIMULATED, as a simulated host's do."""
-        return "SIMULATED" in self.subject or "SIMULATED" in self.issuer
+        """Whether its subject says SIMULATED, as those of a simulated host do."""
+        return "SIMULATED" in self.subject
 
     @property
     def tcb(self) -> Tcb:
@@ -145,7 +144,6 @@ class RevocationList:
     last_update: datetime.datetime
     next_update: datetime.datetime | None
     revoked: frozenset[int]
-    is_pss_sha384: bool
     signature: bytes
     signed: bytes
 
@@ -161,7 +159,6 @@ class RevocationList:
                 last_update=crl.last_update_utc,
                 next_update=crl.next_update_utc,
                 revoked=frozenset(entry.serial_number for entry in crl),
-                is_pss_sha384=_is_pss_sha384(crl),
                 signature=crl.signature,
                 signed=crl.tbs_certlist_bytes,
             )
@@ -321,20 +318,10 @@ def _taken_apart(found: x509.Certificate, der: bytes) -> Certificate:
         key=key,
         key_digest=hashlib.sha256(info).hexdigest(),
         is_ca=is_ca,
-        is_pss_sha384=_is_pss_sha384(found),
         signature=found.signature,
         signed=found.tbs_certificate_bytes,
         extensions=extensions,
     )
-
-
-def _is_pss_sha384(signed: x509.Certificate | x509.CertificateRevocationList) -> bool:
-    from cryptography.hazmat.primitives.hashes import SHA384
-    from cryptography.x509.oid import SignatureAlgorithmOID
-
-    if signed.signature_algorithm_oid != SignatureAlgorithmOID.RSASSA_PSS:
-        return False
-    return isinstance(signed.signature_hash_algorithm, SHA384)
 
 
 def _common_name(subject: str) -> str:
@@ -343,14 +330,11 @@ def _common_name(subject: str) -> str:
 
 
 def _integer(what: str, raw: bytes) -> int:
-    """A byte as DER INTEGER: 1 byte of content, or 2 with a zero first."""
+    """A DER INTEGER of 1 or 2 bytes: a byte with the top bit set has a zero first."""
     content = raw[2:]
     if raw[:2] != bytes([_INTEGER, len(content)]) or not 1 <= len(content) <= 2:
         raise FormatError(f"the certificate's {what} version is no small integer: {raw.hex()}")
-    value = int.from_bytes(content, "big", signed=True)
-    if not 0 <= value <= 0xFF:
-        raise FormatError(f"the certificate's {what} version is {value}, not a byte")
-    return value
+    return int.from_bytes(content, "big", signed=True)
 
 
 def _string(raw: bytes) -> str:

@@ -99,7 +99,10 @@ def check_chain(
 
 
 def is_signed_by(what: Certificate | RevocationList, issuer: Certificate) -> bool:
-    """Whether RSASSA-PSS with SHA-384 and an RSA-4096 key, as AMD signs, fits."""
+    """Whether RSASSA-PSS with SHA-384 and an RSA-4096 key, as AMD signs, fits.
+
+    Nothing else is tried, whatever algorithm is named.
+    """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -107,7 +110,7 @@ def is_signed_by(what: Certificate | RevocationList, issuer: Certificate) -> boo
     key = issuer.key
     if not isinstance(key, rsa.RSAPublicKey) or key.key_size != _RSA_BITS:
         return False
-    if what.issuer != issuer.subject or not what.is_pss_sha384 or not issuer.is_ca:
+    if what.issuer != issuer.subject or not issuer.is_ca:
         return False
     pss = padding.PSS(mgf=padding.MGF1(hashes.SHA384()), salt_length=_SALT_SIZE)
     try:

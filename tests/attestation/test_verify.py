@@ -106,6 +106,7 @@ def test_chain_when_the_report_wants_a_vlek_does_not_take_the_vcek():
         (0, {"signer": ca.rsa_key("x")}, ["ark_signature"]),
         (1, {"signer": ca.rsa_key("x")}, ["ask_signature"]),
         (2, {"signer": ca.rsa_key("x")}, ["vcek_signature"]),
+        (0, {"issuer": "ARK-Other"}, ["ark_signature"]),
         (0, {"ca": False}, ["ark_signature", "ask_signature"]),
         (1, {"ca": False}, ["vcek_signature"]),
         (1, {"digest": hashes.SHA256()}, ["ask_signature"]),
@@ -127,6 +128,7 @@ def test_chain_when_the_report_wants_a_vlek_does_not_take_the_vcek():
         (2, {"extensions": {**MILAN, "4": bytes(64)}}, ["chip_id"]),
         (2, {"extensions": {**MILAN, "4": ca.HWID[:8]}}, ["chip_id"]),
         (2, {"extensions": {**MILAN, "4": ca.HWID[:63]}}, ["chip_id"]),
+        (2, {"extensions": {**MILAN, "4": b"\x05\x40" + ca.HWID}}, ["chip_id"]),
         (2, {"extensions": {}}, ["reported_tcb", "chip_id"]),
     ],
 )
@@ -140,6 +142,20 @@ def test_chain_when_an_rsa_key_is_too_short_fails():
     small = ca.rsa_key("small", 2048)
     certificates = [ca.ark(), replace(ca.ask(), key=small), replace(ca.vcek(), signer=small)]
     assert failed(verify(ca.report(), certificates)) == ["vcek_signature"]
+
+
+@pytest.mark.parametrize(
+    ("der", "names"), [(b"\x02\x02\x00\x80", []), (b"\x02\x01\x80", ["reported_tcb"])]
+)
+def test_spl_when_its_top_bit_is_set_has_a_zero_before_it(der, names):
+    leaf = replace(ca.vcek(), extensions={**MILAN, "3.8": der})
+    assert failed(verify(ca.report(reported_tcb=0x80_08 << 48 | 3), [*chain()[:2], leaf])) == names
+
+
+def test_signature_when_of_a_key_of_another_curve_fails():
+    key = ec.generate_private_key(ec.SECP256R1())
+    raw = ca.signed(ca.unsigned_report(), key)
+    assert failed(verify(raw, [*chain()[:2], replace(ca.vcek(), key=key)])) == ["signature"]
 
 
 def test_hwid_when_in_an_octet_string_is_taken():

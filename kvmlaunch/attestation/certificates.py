@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Certificate", "RevocationList", "read_certificates", "read_crls"]
 
 _MOST_CERTIFICATES = 64
-_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,32})-----(.*?)-----END \1-----", re.DOTALL)
-_BEGIN = b"-----BEGIN "
+_BEGIN, _DASHES, _MOST_LABEL = b"-----BEGIN ", b"-----", 64
 _CERTIFICATE, _CRL, _TABLE = b"CERTIFICATE", b"X509 CRL", b"CERTIFICATE TABLE"
 _SEQUENCE = 0x30
 
@@ -218,14 +217,26 @@ def _from_table(table: Mapping[UUID, bytes]) -> Iterator[bytes]:
 
 
 def _from_pem(data: bytes, label: bytes) -> Iterator[bytes]:
-    blocks = _PEM.findall(data)
-    if len(blocks) != data.count(_BEGIN):
-        raise FormatError("a PEM block has no END line, or another label there")
-    for found, text in blocks:
+    for found, text in _pem_blocks(data):
         if found == label:
             yield _decoded(text)
         elif found == _TABLE and label == _CERTIFICATE:
             yield from _from_table(cert_table.decode(_from_hex(text)))
+
+
+def _pem_blocks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Label and text of each block. Nothing is looked at twice, however many BEGINs there are."""
+    at = 0
+    while (begin := data.find(_BEGIN, at)) >= 0:
+        start = begin + len(_BEGIN)
+        end = data.find(_DASHES, start, start + _MOST_LABEL)
+        label = data[start:end] if end >= 0 else b""
+        last = b"-----END " + label + _DASHES
+        at = data.find(last, start) if label else -1
+        if at < 0:
+            raise FormatError("a PEM block has no END line of its label", offset=begin)
+        yield label, data[end + len(_DASHES) : at]
+        at += len(last)
 
 
 def _decoded(text: bytes) -> bytes:
@@ -244,25 +255,21 @@ def _from_hex(text: bytes) -> bytes:
 
 def _from_der(data: bytes) -> Iterator[bytes]:
     """Take DER structures that follow one another apart; zeros at the end are padding."""
-    at = 0
-    while at < len(data) and any(data[at:]):
+    at, end = 0, len(data.rstrip(b"\0"))
+    while at < end:
         size = _der_size(data, at)
         yield data[at : at + size]
         at += size
 
 
 def _der_size(data: bytes, at: int) -> int:
-    head = data[at : at + 4]
-    if len(head) < 4 or head[0] != _SEQUENCE:
+    head = data[at : at + 5]
+    if len(head) < 2 or head[0] != _SEQUENCE:
         raise FormatError("not DER: no sequence", offset=at)
-    if head[1] < 0x80:
-        size = 2 + head[1]
-    elif head[1] == 0x81:
-        size = 3 + head[2]
-    elif head[1] == 0x82:
-        size = 4 + int.from_bytes(head[2:], "big")
-    else:
+    more = head[1] - 0x80  # bytes of a length from 128 up
+    if more == 0 or more > 3:
         raise FormatError("not DER: a length that no certificate has", offset=at)
+    size = 2 + head[1] if more < 0 else 2 + more + int.from_bytes(head[2 : 2 + more], "big")
     if at + size > len(data):
         raise FormatError(f"the input ends {at + size - len(data)} bytes too early", offset=at)
     return size

@@ -103,7 +103,9 @@ def test_name_when_it_breaks_a_rule_is_read_without_a_warning():
         (b"-----BEGIN CERTIFICATE-----\n-----END CERTIFICATE-----", "can't be read"),
         (b"-----BEGIN CERTIFICATE-----\n-----END X-----", "no END line"),
         (LEAF[:-1], "the input ends 1 bytes too early"),
-        (LEAF[:3], "not DER"),
+        (LEAF[:3], "bytes too early"),
+        (b"\x30", "not DER"),
+        (b"\x30\x80" + LEAF[4:], "a length that no certificate has"),
         (b"\x30\x84\0\0\0\1\0", "a length that no certificate has"),
         (LEAF + b"x" * 10, "not DER"),
         (b"\x30\x03\x02\x01\x01", "a certificate can't be read"),
@@ -115,6 +117,27 @@ def test_name_when_it_breaks_a_rule_is_read_without_a_warning():
 def test_certificates_when_bad_say_what_is_wrong(data, why):
     with pytest.raises(FormatError, match=why):
         read_certificates(data)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"-----BEGIN A-----" * 200_000,
+        b"-----BEGIN A-----\n-----END A-----\n" * 100_000,
+        b"-----BEGIN " * 300_000,
+        b"\x30\x00" * 1_000_000,
+        b"\x30" + bytes(4_000_000),
+    ],
+)
+def test_certificates_when_blocks_are_many_are_refused_soon(data):
+    with pytest.raises(FormatError):
+        read_certificates(data)
+
+
+def test_crl_when_larger_than_64_kib_is_read():
+    (found,) = read_crls(ca.crl(tuple(range(1 << 16, (1 << 16) + 3000))))
+    assert len(found.revoked) == 3000
 
 
 def test_private_key_when_beside_a_certificate_is_left_alone():

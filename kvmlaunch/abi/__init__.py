@@ -14,6 +14,7 @@
 | `secrets_page`  | secrets page                                                         |
 | `kernel_hashes` | table of kernel, initrd and command line hashes that OVMF checks      |
 | `idblock`       | ID block and ID authentication information                           |
+| `idblock_sign`  | their signing and checking, and public keys                          |
 | `signature`     | ECDSA P-384 signature as firmware encodes it                         |
 | `tcb`           | TCB_VERSION of each product                                          |
 | `report`        | attestation report                                                   |

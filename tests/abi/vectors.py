@@ -369,3 +369,45 @@ SEV_ES_SAVE_AREA = (
     (0x470, 256, "fpreg_xmm"),
     (0x570, 256, "fpreg_ymm"),
 )
+
+# virtee/sev tests/measurement at 9cf2adb: public halves of test_id_key.pem and
+# test_auth_key.pem, (R, S) of test_id_sig.bin and test_auth_sig.bin (48 bytes each, little-endian),
+# and SHA-384 of test_auth_block.bin.
+VS_ID_KEY_PEM = b"""-----BEGIN PUBLIC KEY-----
+MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAE9nY+TSYJzxss8i8syLjKTPVdRww8I1Us
+k7Foh0OQ3ZXLP97oR933n/Ke+7iAPG0fzNeo0Ee5zcHHULEZCr5tHa03qN7LFDJ7
+dmYZ9xJgfP0NOIU8UNqbzQgLNTick74+
+-----END PUBLIC KEY-----
+"""
+VS_AUTHOR_KEY_PEM = b"""-----BEGIN PUBLIC KEY-----
+MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAEYnDHi9aQTNEzYpmiW5hzanHOkv7wdJTX
+LLKLBzyDD59WSvelwcb/xaNJc9XaRYaMhjx5MKLJhEinehAIgQLiqV+TCM0+VrVZ
+t/06zIizzCoZd0NI/qLyyQMRkeBxh6z1
+-----END PUBLIC KEY-----
+"""
+VS_ID_BLOCK_SIG = (
+    "e5d3bf7d9bf9e061bd4e8f7c6acae05909a9c3c69f04f318f0135eae71ff7d05ef5c8c6b1bc8c047613a7b6f01b738da",
+    "d4194dca67de8381ec6d267c032b03dd3c1f5eafa6aa61e92964e5548bef332b1ae921f26de16ac33b642744d197a5d8",
+)
+VS_ID_KEY_SIG = (
+    "bb887b94557f568689ff4855c3f7ed99810c3d54ecd429651134dc18dd020ecaa771a34cb97666771aa31f0eb462ea99",
+    "f261e8b95da71b2a35425f48a219a77dbb0fee252f64d18ce99888b9fb4f70b104011b7dfea3e0349371a2bfaf6f9133",
+)
+VS_ID_AUTH_SHA384 = "711cf8a939ffd9776b762c9b49f2667883dd84b058c9bcd9a27283feee71a2c80f6dd5824acacad350ef0508cae17702"
+VS_ID_KEY_DIGEST = "59fb2c686dfa4fef49f38339aa775c90051c28d57383ddc3baf3b5eb4b1496df3b0dbbdcbae5fe27677a644820773fe2"
+VS_AUTHOR_KEY_DIGEST = "eed81169fb0cb5e0ec34794f128fd4e0c4a46f67c65a1adfa81fcb24bcc088c272369b7ffc3eb2b6af6a4284a1b36c5f"
+# sev-snp-measure tests/keyfile at 8f2b337, public halves; the digests are those of its test_id_block.py.
+SSM_ID_KEY_PEM = b"""-----BEGIN PUBLIC KEY-----
+MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAEsg/RocK9K2UYOnbiOQrIBfbY5eKvcl5a
+jpPPh+wCn51F6zJrBLkr63FOFPqYb4qaLJSguKswzHY1JnWUSHaJHpVP9u9YJqYj
+G6bW1/br+2jOMw4eWTlO+3CAiD3caTZL
+-----END PUBLIC KEY-----
+"""
+SSM_AUTHOR_KEY_PEM = b"""-----BEGIN PUBLIC KEY-----
+MHYwEAYHKoZIzj0CAQYFK4EEACIDYgAEBoEfxiQJvy2a5RwHQjJU2JPGwj+/Fkrz
+ODsPgTpifmFo2QZ6f0vZeZBYjBhBEhCgMrQgoiZW0nHc/U4lZoxy/Vi7X2hR/kcv
+nRYPiAsU30w2IwaJYs3k1gjnNzQtqRLJ
+-----END PUBLIC KEY-----
+"""
+SSM_ID_KEY_DIGEST = "870b7e35c53f8a72d0d322f75ab2af8262792aaf6579622ce4131c3f21f289e77cb0560a5e3b90b3932e674ec709cb14"
+SSM_AUTHOR_KEY_DIGEST = "63111c34bbfc0a4938f9a009bd074980d8172323e61599c9fd336da8673248e1dca98d0be8f76376a106b8afd4c0a057"

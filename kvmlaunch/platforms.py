@@ -54,7 +54,7 @@ def open_platform(
     from kvmlaunch.sim.spec import parse_spec
 
     spec = parse_spec(profile)
-    sim = SimPlatform(spec.profile, product=spec.product, seed=spec.seed, faults=faults)
+    sim = SimPlatform(spec.kernel(), product=spec.product, seed=spec.seed, faults=faults)
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
 
 
@@ -68,7 +68,8 @@ def profile_for(plan: LaunchPlan, asked: str | None = None, *, certificates: boo
     default = _VMPL_PROFILE if plan.vmpls else _PROFILES.get(plan.vmsa_mode, mainline)
     if not asked:
         return default
-    return f"{default},{asked}" if "=" in asked.split(",")[0] else asked
+    first = asked.split(",")[0]
+    return f"{default},{asked}" if "=" in first or first == "debug-swap" else asked
 
 
 def host_cbitpos(platform: Platform) -> int | None:

@@ -68,6 +68,7 @@ class PlanOptions:
         host_data: 32 bytes for SNP_LAUNCH_FINISH.
         id_block, id_auth: 96 and 4096 bytes, both or none.
         author_key_enabled: the author key in id_auth counts.
+        vcek_disabled: the guest's reports may not be signed by the VCEK.
         sev_features: SEV_FEATURES of every VMSA (bit 0 = SNP active).
         signature: CPUID leaf 1 EAX of the CPU model, in RDX at reset.
         load_addr, entry: where a flat image goes and starts (entry: ELF too).
@@ -94,6 +95,7 @@ class PlanOptions:
     id_block: bytes | None = None
     id_auth: bytes | None = None
     author_key_enabled: bool = False
+    vcek_disabled: bool = False
     sev_features: int = SNP_ACTIVE
     signature: int = DEFAULT_SIGNATURE
     load_addr: int | None = None
@@ -249,6 +251,7 @@ def build_plan(
         id_block=options.id_block,
         id_auth=options.id_auth,
         author_key_enabled=options.author_key_enabled,
+        vcek_disabled=options.vcek_disabled,
         apic=apic,
         vmpls=vmpls,
         confidential=options.confidential,

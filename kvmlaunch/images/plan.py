@@ -118,6 +118,16 @@ class PageRange:
         """Number of 4 KiB pages."""
         return self.size // PAGE_SIZE
 
+    def head(self, npages: int) -> PageRange:
+        """The first ``npages`` pages of it."""
+        size = npages * PAGE_SIZE
+        pieces = tuple(
+            replace(piece, data=piece.data[: size - piece.offset])
+            for piece in self.pieces
+            if piece.offset < size
+        )
+        return replace(self, size=size, pieces=pieces)
+
     def page(self, index: int) -> memoryview:
         """The 4096 bytes of page ``index``: a view where one piece covers the page."""
         start = index * PAGE_SIZE
@@ -277,6 +287,8 @@ class LaunchPlan:
             VMSAs of them.
         vmsa_gpa: where they are measured in mode sync.
         start_digest: launch digest (48 bytes) that pages which aren't in the plan have given.
+        vcek_disabled: the guest's reports may not be signed by the VCEK.
+        partial: launched to ask the firmware, never run: there may be no vCPUs.
     """
 
     image: str
@@ -295,6 +307,8 @@ class LaunchPlan:
     cbitpos: int | None = None
     apic: bool = False
     vmpls: bool = False
+    vcek_disabled: bool = False
+    partial: bool = False
     vmsa_mode: VmsaMode = VmsaMode.SYNC
     bindings: Mapping[int, int] = field(default_factory=dict, hash=False)
     forced: bool = False
@@ -305,7 +319,7 @@ class LaunchPlan:
 
     def __post_init__(self) -> None:
         """Refuse parts that don't fit together."""
-        if not self.vcpus:
+        if not self.vcpus and not self.partial:
             raise FormatError("a guest needs at least one vCPU")
         if len(self.start_digest) != DIGEST_SIZE:
             raise FormatError(
@@ -418,7 +432,7 @@ def _check_bindings(plan: LaunchPlan) -> None:
         raise FormatError("two vCPUs start from one VMSA")
     if (
         plan.vmsa_mode is VmsaMode.PAGE
-        and not plan.forced
+        and not (plan.forced or plan.partial)
         and (len(vmsas) != 1 or set(plan.bindings) != {0})
     ):
         raise FormatError("VMSA mode page takes one VMSA, which is for vCPU 0")

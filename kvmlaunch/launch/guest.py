@@ -178,6 +178,9 @@ class Guest:
     def _add_vcpus(self, stack: ExitStack) -> None:
         supported = self.kvm.supported_cpuid()
         self._check_cbitpos(cbitpos(supported))
+        self._bsp_cpuid = guest_cpuid(
+            supported, 0, confidential=self.plan.confidential, vcpus=len(self.plan.vcpus)
+        )
         for index, state in enumerate(self.plan.vcpus):
             vcpu = stack.enter_context(self.vm.create_vcpu(index))
             cpuid = guest_cpuid(
@@ -194,8 +197,6 @@ class Guest:
                 # As KVM leaves them, waiting for INIT, it never notices GHCB AP creation.
                 vcpu.set_mp_state(lib.KVM_MP_STATE_AP_RESET_HOLD)
             self.vcpus.append(vcpu)
-            if index == 0:
-                self._bsp_cpuid = cpuid
 
     def _is_parked(self, vcpu: int) -> bool:
         """A vCPU that the guest starts itself, on a kernel that needs help to see that."""
@@ -262,6 +263,12 @@ class Guest:
         # A step in the wrong state must leave the prediction as it is.
         predictor = self._predictor.copy()
         records = list(finish_records(self.plan, predictor))
+        self._finish(state, predictor.digest)
+        self._predictor = predictor
+        self.records += records
+        return records
+
+    def _finish(self, state: Started, digest: bytes | None) -> None:
         if self.plan.vmsa_mode is VmsaMode.DIRECT:
             self._bind()
         self.state = state.finish(
@@ -269,12 +276,10 @@ class Guest:
             id_block=self.plan.id_block,
             id_auth=self.plan.id_auth,
             auth_key=self.plan.author_key_enabled,
-            digest=predictor.digest,
+            vcek_disabled=self.plan.vcek_disabled,
+            digest=digest,
             kvm_vmsas=self.plan.vmsa_mode is VmsaMode.SYNC,
         )
-        self._predictor = predictor
-        self.records += records
-        return records
 
     def _bind(self) -> None:
         for index, gpa in self.plan.bindings.items():
@@ -297,6 +302,15 @@ class Guest:
         self.finish()
         return self
 
+    def launch_blind(self, *, retry_cpuid: bool = False) -> None:
+        """The same without records and prediction, where the digest is known already."""
+        self.start()
+        state = self._in_state("update")
+        for step in self.plan.steps:
+            for _ in self._launch_step(state, step, retry_cpuid):
+                pass
+        self._finish(state, None)
+
     def _in_state(self, step: str) -> Any:
         """The state, whatever it is: a step it doesn't have raises LaunchStateError itself."""
         if self.state is None:
@@ -306,17 +320,23 @@ class Guest:
     def _update_step(
         self, state: Started, step: PageRange, retry_cpuid: bool
     ) -> Iterator[PageRecord]:
-        index, vcpu = 0, self.plan.vcpu_at(step)
+        vcpu = self.plan.vcpu_at(step)
+        for pages in self._launch_step(state, step, retry_cpuid):
+            # All that the kernel took is recorded before anyone looks at it.
+            batch = self._predictor.batch(step, pages.start, len(pages), vcpu)
+            self.records += batch
+            yield from batch
+
+    def _launch_step(self, state: Started, step: PageRange, retry_cpuid: bool) -> Iterator[range]:
+        """Launch a range; yields the pages done by each call."""
+        index = 0
         with HostMemory(self.platform, _CHUNK_PAGES * PAGE_SIZE) as staging:
             while index < step.npages:
                 count = min(_CHUNK_PAGES, step.npages - index)
                 address = self._source(step, index, count, staging)
                 for done in self._send(state, step, index, address, count, retry_cpuid):
-                    # All that the kernel took is recorded before anyone looks at it.
-                    batch = self._predictor.batch(step, index, done, vcpu)
-                    self.records += batch
                     index += done
-                    yield from batch
+                    yield range(index - done, index)
 
     def _send(
         self,

@@ -14,7 +14,7 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.sim.vmsa_rules import DIRECT_VMSA, VMSA_PAGE, VmsaRules
 from kvmlaunch.uapi import lib
 
-__all__ = ["KERNEL_PROFILES", "KernelProfile", "kernel_profile"]
+__all__ = ["DEBUG_SWAP", "KERNEL_PROFILES", "KernelProfile", "kernel_profile"]
 
 # Bits of the guest policy (AMD 56860) and of SEV_FEATURES (APM 2): hardware numbers
 # that the uAPI doesn't define.
@@ -35,7 +35,8 @@ _QUIRKS_6_18 = (
     | lib.KVM_X86_QUIRK_STUFF_FEATURE_MSRS
     | lib.KVM_X86_QUIRK_VMCS12_ALLOW_FREEZE_IN_SMM
 )
-_DEBUG_SWAP = 1 << 5
+DEBUG_SWAP = 1 << 5
+"""Bit of SEV_FEATURES."""
 _SECURE_TSC = 1 << 9
 
 
@@ -71,6 +72,7 @@ class KernelProfile:
         ap_create_uninitialized: AP creation starts a vCPU that waits for its first INIT.
         quirks: bits of KVM_CAP_DISABLE_QUIRKS2.
         vmsa: what it does with VMSA pages from user space, which mainline doesn't take.
+        forced_vmsa_features: features that INIT2 adds, whatever it is asked for.
     """
 
     name: str
@@ -99,6 +101,7 @@ class KernelProfile:
     ap_create_uninitialized: bool
     quirks: int
     vmsa: VmsaRules
+    forced_vmsa_features: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -112,7 +115,7 @@ _6_12 = KernelProfile(
     policy_single_socket_allowed=False,
     policy_bits_attr=False,
     init2_ghcb_v1=True,
-    vmsa_features=_DEBUG_SWAP,
+    vmsa_features=DEBUG_SWAP,
     update_zero_length=True,
     update_aligned_source=False,
     update_prepared_check=True,
@@ -140,7 +143,7 @@ _6_18 = replace(
     policy_smt_optional=True,
     policy_single_socket_allowed=True,
     init2_ghcb_v1=False,
-    vmsa_features=_DEBUG_SWAP | _SECURE_TSC,
+    vmsa_features=DEBUG_SWAP | _SECURE_TSC,
     update_zero_length=False,
     finish_locks_vcpus=True,
     vm_tsc_khz_after_vcpu=False,

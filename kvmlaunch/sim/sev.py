@@ -187,7 +187,7 @@ def _init2(vm: Vm, command: Any) -> None:
     if init.ghcb_version == 1 and not profile.init2_ghcb_v1:
         refuse(errno.EINVAL)
     sev.asid = vm.host.asids.take()
-    sev.features = init.vmsa_features | _SNP_ACTIVE
+    sev.features = init.vmsa_features | profile.forced_vmsa_features | _SNP_ACTIVE
     sev.ghcb_version = init.ghcb_version or _GHCB_VERSION_MAX
     sev.requests = GuestRequests(sev)
     sev.active, sev.need_init = True, False

@@ -1,18 +1,20 @@
-"""What is simulated, as people write it: ``6.12,seed=3,product=Genoa``."""
+"""What is simulated, as people write it: ``6.12,seed=3,product=Genoa,debug-swap``."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, get_args
 
 from kvmlaunch.abi.tcb import Product
 from kvmlaunch.errors import FormatError
-from kvmlaunch.sim.profiles import kernel_profile
+from kvmlaunch.sim.profiles import DEBUG_SWAP, KernelProfile, kernel_profile
 
 __all__ = ["DEFAULT_PRODUCT", "SimSpec", "parse_spec"]
 
 DEFAULT_PRODUCT = "Milan"
 
 _KEYS = ("product", "seed")
+_DEBUG_SWAP = "debug-swap"
 
 
 class SimSpec(NamedTuple):
@@ -21,10 +23,20 @@ class SimSpec(NamedTuple):
     profile: str
     product: str = DEFAULT_PRODUCT
     seed: int = 0
+    debug_swap: bool = False
+    """KVM sets that SEV feature in every VMSA, unasked, as kernels 6.5 to 6.7 did for SEV-ES."""
+
+    def kernel(self) -> KernelProfile:
+        """The kernel with what was said of it."""
+        profile = kernel_profile(self.profile)
+        if not self.debug_swap:
+            return profile
+        name = f"{profile.name},{_DEBUG_SWAP}"
+        return replace(profile, name=name, forced_vmsa_features=DEBUG_SWAP)
 
 
 def parse_spec(text: str) -> SimSpec:
-    """Read ``PROFILE[,KEY=VALUE...]``; keys are seed and product.
+    """Read ``PROFILE[,KEY=VALUE...][,debug-swap]``; keys are seed and product.
 
     Raises FormatError for a profile, key or value that isn't known, and for a key given twice.
     """
@@ -33,16 +45,19 @@ def parse_spec(text: str) -> SimSpec:
     found: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if key not in _KEYS or not equals:
+        if setting != _DEBUG_SWAP and (key not in _KEYS or not equals):
             raise FormatError(
                 f"{setting!r} is nothing that a simulated host has; known are "
-                f"{', '.join(f'{name}=...' for name in _KEYS)}"
+                f"{', '.join(f'{name}=...' for name in _KEYS)}, {_DEBUG_SWAP}"
             )
         if key in found:
             raise FormatError(f"{key} of the simulated host is given twice")
         found[key] = value
     return SimSpec(
-        profile, _product(found.get("product", DEFAULT_PRODUCT)), _seed(found.get("seed", "0"))
+        profile,
+        _product(found.get("product", DEFAULT_PRODUCT)),
+        _seed(found.get("seed", "0")),
+        _DEBUG_SWAP in found,
     )
 
 

@@ -14,6 +14,8 @@ from kvmlaunch.sim.spec import SimSpec, parse_spec
     [
         ("6.12", SimSpec("6.12", "Milan", 0)),
         ("7.0,seed=7", SimSpec("7.0", "Milan", 7)),
+        ("6.12,debug-swap", SimSpec("6.12", "Milan", 0, debug_swap=True)),
+        ("6.12,debug-swap,seed=2", SimSpec("6.12", "Milan", 2, debug_swap=True)),
         ("6.18,product=Turin,seed=0x10", SimSpec("6.18", "Turin", 16)),
     ],
 )
@@ -32,15 +34,18 @@ KERNELS = "6.12, 6.18, 7.0, multi-vmpl, vmsa-page, direct-vmsa"
         ("seed=1", f"no kernel profile is named 'seed=1'; known are {KERNELS}"),
         (
             "6.12,speed=9",
-            "'speed=9' is nothing that a simulated host has; known are product=..., seed=...",
+            "'speed=9' is nothing that a simulated host has; known are product=..., seed=..., "
+            "debug-swap",
         ),
         (
             "6.12,seed",
-            "'seed' is nothing that a simulated host has; known are product=..., seed=...",
+            "'seed' is nothing that a simulated host has; known are product=..., seed=..., "
+            "debug-swap",
         ),
         ("6.12,seed=-1", "a seed is a number from 0 up, not '-1'"),
         ("6.12,seed=x", "a seed is a number from 0 up, not 'x'"),
         ("6.12,seed=1,seed=1", "seed of the simulated host is given twice"),
+        ("6.12,debug-swap,debug-swap", "debug-swap of the simulated host is given twice"),
         ("6.12,product=Rome", "no CPU is named 'Rome'; known are Milan, Genoa, Turin"),
     ],
 )

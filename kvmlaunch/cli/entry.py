@@ -14,7 +14,10 @@ from kvmlaunch.version import __version__
 
 __all__ = ["run_command"]
 
-_COMMANDS = ("run", "measure", "inspect", "report", "selftest")
+_COMMANDS = (
+    *("run", "measure", "inspect", "verify", "bisect"),
+    *("id-block", "report", "selftest"),
+)
 
 _EPILOG = """\
 exit codes:
@@ -82,5 +85,5 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     first = next((word for word in argv if not word.startswith("-")), "")
     for name in (first,) if first in _COMMANDS else _COMMANDS:
-        importlib.import_module(f"kvmlaunch.cli.{name}").add_parser(commands)
+        importlib.import_module(f"kvmlaunch.cli.{name.replace('-', '_')}").add_parser(commands)
     return parser

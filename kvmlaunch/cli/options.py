@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
 import os
 import re
-from pathlib import Path
 
+from kvmlaunch.abi.blob import parse_blob
 from kvmlaunch.abi.policy import DEFAULT_POLICY, GuestPolicy, parse_policy
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
 from kvmlaunch.cli.mode_options import mode_choices
@@ -17,6 +15,7 @@ from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmmProfile, load_image, load_vmm
 from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES
 from kvmlaunch.images.vmm import BUILT_IN
+from kvmlaunch.launch.files import read_small
 
 __all__ = [
     "add_image_options",
@@ -30,7 +29,10 @@ __all__ = [
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _BLOB_MOST = 1 << 16
-_INPUTS = ("image", "ovmf", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file")
+_INPUTS = (
+    *("image", "ovmf", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file"),
+    *("id_key", "author_key"),
+)
 _OUTPUTS = ("log", "trace_out", "report_out", "chain_out")
 _NOT_YET = {
     "igvm": "IGVM files can't be launched yet",
@@ -97,8 +99,10 @@ def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     )
 
 
-def add_launch_options(parser: argparse.ArgumentParser, *, log: bool = True) -> None:
-    """What a launch has beside its measured pages, and (``log``) the log."""
+def add_launch_options(
+    parser: argparse.ArgumentParser, *, log: bool = True, identity: bool = True
+) -> None:
+    """What a launch has beside its measured pages, a log and an ID block included."""
     group = parser.add_argument_group("launch")
     group.add_argument(
         "--policy",
@@ -107,11 +111,12 @@ def add_launch_options(parser: argparse.ArgumentParser, *, log: bool = True) -> 
         help="guest policy: a number, or names as smt,debug (default 0x30000)",
     )
     group.add_argument("--host-data", metavar="HEX", help="32 bytes for the attestation report")
-    group.add_argument("--id-block", metavar="FILE", help="96 bytes, raw or base64")
-    group.add_argument("--id-auth", metavar="FILE", help="4096 bytes, raw or base64")
-    group.add_argument(
-        "--author-key-enabled", action="store_true", help="the author key in --id-auth counts"
-    )
+    if identity:
+        group.add_argument("--id-block", metavar="FILE", help="96 bytes, raw, hex or base64")
+        group.add_argument("--id-auth", metavar="FILE", help="4096 bytes, raw, hex or base64")
+        group.add_argument(
+            "--author-key-enabled", action="store_true", help="the author key in --id-auth counts"
+        )
     if log:
         group.add_argument(
             "--log",
@@ -157,6 +162,7 @@ def choices_from(
         id_block=_blob(getattr(args, "id_block", None), 96, "an ID block"),
         id_auth=_blob(getattr(args, "id_auth", None), 4096, "an ID authentication"),
         author_key_enabled=getattr(args, "author_key_enabled", False),
+        vcek_disabled=getattr(args, "vcek_disabled", False),
         sev_features=args.guest_features,
         signature=_signature(args),
         load_addr=args.load_addr,
@@ -265,20 +271,11 @@ def _host_data(text: str | None) -> bytes:
 
 
 def _blob(path: str | None, length: int, what: str) -> bytes | None:
-    """A small binary file, raw or as base64."""
+    """A small binary file, raw, hex or base64."""
     if path is None:
         return None
+    data = read_small(path, _BLOB_MOST)
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(_BLOB_MOST)
-    except OSError as error:
-        raise ImageError(path, f"can't be read: {error.strerror}") from None
-    if len(data) == length:
-        return data
-    try:
-        data = base64.b64decode(data, validate=False)
-    except binascii.Error:
-        data = b""
-    if len(data) != length:
-        raise ImageError(path, f"{what} is {length} bytes, raw or base64")
-    return data
+        return parse_blob(data, length, what)
+    except FormatError as error:
+        raise ImageError(path, error.rule) from None

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from kvmlaunch.cli.certificates import (
     add_certificate_options,
     certificates_from,
     write_chain,
 )
+from kvmlaunch.cli.host_options import add_host_options, open_host, settle
 from kvmlaunch.cli.inside import Inside, add_inside_options, describe_end
+from kvmlaunch.cli.key_options import Identity, add_identity_options, add_key_options
 from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
 from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
-from kvmlaunch.cli.vmsa_options import add_proposal_option, proposal_from
+from kvmlaunch.cli.vmsa_options import proposal_from
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.launch.measure import measure
@@ -26,9 +27,6 @@ from kvmlaunch.launch.printed_report import (
     check_folder,
     write_whole,
 )
-
-if TYPE_CHECKING:
-    from kvmlaunch.uapi import Platform
 
 __all__ = ["add_parser", "add_run_options", "run_image"]
 
@@ -51,42 +49,18 @@ def add_run_options(parser: argparse.ArgumentParser, *, report_required: bool = 
     """Everything that `run_image` looks at."""
     add_image_options(parser)
     add_launch_options(parser)
-    group = parser.add_argument_group("host")
-    group.add_argument(
-        "--platform",
-        choices=("auto", "kvm", "sim"),
-        default="auto",
-        help="auto: this machine's KVM where it can do it, else the simulated host (default)",
+    identity = parser.add_argument_group("identity", "sign the predicted digest on the fly")
+    add_key_options(identity)
+    add_identity_options(identity)
+    identity.add_argument(
+        "--vcek-disabled",
+        action="store_true",
+        help="the guest gets no attestation reports signed by the VCEK",
     )
+    group = parser.add_argument_group("host")
+    add_host_options(group)
     group.add_argument(
         "--vm-type", choices=("snp", "plain"), default="snp", help="plain: the same, unprotected"
-    )
-    group.add_argument(
-        "--sim",
-        metavar="[PROFILE][,KEY=VALUE...]",
-        help="what to simulate: kernel 6.12, 6.18, 7.0, vmsa-page or direct-vmsa for the "
-        "proposals, or multi-vmpl for one that runs all VMPLs (default 6.12, or what the VMSA "
-        "mode and an image's note about VMPLs need), seed=N "
-        "for the order in which vCPUs run (default 0), product=Milan, Genoa or Turin "
-        "(default Milan)",
-    )
-    group.add_argument(
-        "--sim-fault",
-        metavar="FAULT",
-        action="append",
-        default=[],
-        help="order a fault of the simulated host, as SNP_LAUNCH_UPDATE:fw=0x1a@3+",
-    )
-    group.add_argument(
-        "--retry-cpuid",
-        action="store_true",
-        help="if the firmware refuses the CPUID page, take its correction and try once more",
-    )
-    add_proposal_option(group)
-    group.add_argument(
-        "--allow-digest-change",
-        action="store_true",
-        help="an image's VMSAs may be left to KVM, though that gives another launch digest",
     )
     group.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="end with code 124")
     group.add_argument(
@@ -109,8 +83,6 @@ def run_image(
 ) -> int:
     """Do what the options ask for; returns the exit code."""
     from kvmlaunch.launch.session import Session
-    from kvmlaunch.launch.vmsa_mode import settle_vmsa_mode
-    from kvmlaunch.platforms import open_platform, profile_for
 
     confidential = args.vm_type == "snp"
     if args.kernel:
@@ -121,35 +93,20 @@ def run_image(
     plan = _as_hosted(plan_from(args, confidential=confidential), talk)
     if args.ioctls and args.log is None:
         raise FormatError("--ioctls needs --log FILE")
-    choice = open_platform(
-        args.platform,
-        profile=profile_for(plan, args.sim, certificates=args.certs is not None),
-        confidential=confidential,
-        faults=args.sim_fault,
-    )
-    if args.sim_fault and choice.platform.name != "sim":
-        raise FormatError("--sim-fault is for the simulated host: add --platform sim")
+    if not confidential and args.id_key is not None:
+        raise FormatError("--id-key is for SNP guests, not for --vm-type plain")
     if args.certs is not None and not confidential:
         raise FormatError("--certs is for SNP guests, not for --vm-type plain")
+    identity = Identity(args)
+    choice = open_host(args, plan, confidential=confidential, certificates=args.certs is not None)
     for path in filter(None, (args.report_out, args.chain_out)):
         check_folder(path)
     inside = Inside(args, choice.platform)
     talk.say(choice.why)
     certificates = certificates_from(args, choice.platform)
     write_chain(args, choice.platform, talk)
-    if plan.cbitpos is not None and args.cbitpos is None:
-        plan = plan_from(args, cbitpos=_ask_cbitpos(plan, choice.platform))
+    plan = identity.sign(settle(args, plan, choice.platform, talk))
     proposal = proposal_from(args)
-    settled = settle_vmsa_mode(
-        plan,
-        choice.platform,
-        args.vmsa_mode,
-        proposal=proposal,
-        allow_digest_change=args.allow_digest_change,
-    )
-    plan = settled.plan
-    for line in filter(None, (*settled.changes, settled.why)):
-        talk.say(line)
     with open_log(args.log) as log:
         session = Session(
             plan,
@@ -217,18 +174,6 @@ def _save_report(path: str, printed: PrintedReport, digest: bytes, talk: Talk) -
         return False
     talk.say(f"report written to {path}: its measurement is the predicted launch digest")
     return True
-
-
-def _ask_cbitpos(plan: LaunchPlan, platform: Platform) -> int:
-    from kvmlaunch.platforms import host_cbitpos
-
-    position = host_cbitpos(platform)
-    if position is None:
-        raise FormatError(
-            f"{plan.image} needs page tables with the C-bit, and this host's CPUID doesn't say "
-            "which bit that is: give --cbitpos BIT"
-        )
-    return position
 
 
 def _summary(plan: LaunchPlan, digest: bytes, pages: int, talk: Talk) -> None:

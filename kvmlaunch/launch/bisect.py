@@ -49,7 +49,8 @@ class Bisection:
     launches: int
 
     def __str__(self) -> str:
-        return f"{self.answer}: {self.why}"
+        word = "confirmed" if self.answer is Answer.RIGHT else self.answer
+        return f"{word}: {self.why}"
 
 
 class _Unexpected(Exception):

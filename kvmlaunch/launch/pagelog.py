@@ -197,6 +197,9 @@ class NullLog:
     def exit(self, vcpu: int, reason: str, detail: str) -> None:
         """Nothing."""
 
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Nothing."""
+
     def flush(self) -> None:
         """Nothing."""
 

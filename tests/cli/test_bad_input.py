@@ -227,9 +227,10 @@ def test_id_file_of_a_wrong_size_is_refused(
     cli: Cli, halt: Path, tmp_path: Path, option: str, size: int, what: str, change: int | None
 ) -> None:
     path = tmp_path / "id.bin"
-    path.write_bytes(b"" if change is None else bytes(size + change))
-    assert (
-        refused(cli("run", option, path, halt)) == f"{path}: {what} is {size} bytes, raw or base64"
+    there = 0 if change is None else size + change
+    path.write_bytes(bytes(there))
+    assert refused(cli("run", option, path, halt)) == (
+        f"{path}: {what} is {size} bytes, raw, hex or base64; this is {there} bytes"
     )
 
 
@@ -245,7 +246,7 @@ def test_id_file_without_its_partner_is_refused(
 
 def test_id_file_without_an_end_is_refused(cli: Cli, halt: Path) -> None:
     sentence = refused(cli("run", "--id-block", "/dev/zero", halt))
-    assert sentence == "/dev/zero: an ID block is 96 bytes, raw or base64"
+    assert sentence == "/dev/zero: is larger than 65536 bytes"
 
 
 def test_id_file_that_is_missing_is_refused(cli: Cli, halt: Path, tmp_path: Path) -> None:

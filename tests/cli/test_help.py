@@ -29,10 +29,13 @@ OPTIONS = {
         *(*IMAGE_OPTIONS, *LAUNCH_OPTIONS, "--log"),
         *("--vm-type", "--platform", "--sim", "--timeout", "--ioctls"),
         *("--proposal-cap", "--allow-digest-change"),
+        *("--id-key", "--author-key", "--vcek-disabled"),
     ],
     "selftest": [
         *("--list", "--filter", "--json", "--platform", "--sim", "--proposal-cap", "--risky"),
     ],
+    "verify": [*IMAGE_OPTIONS, "--policy", "--log", "--platform", "--sim", "--id-key", "--json"],
+    "bisect": [*IMAGE_OPTIONS, "--policy", "--log", "--platform", "--sim", "--id-key", "--json"],
 }
 EXIT_CODES = {"0", "1", "2", "4", "124", "130"}
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kvmlaunch.abi.kvm_sync import sregs_round_trip
+from kvmlaunch.abi.kvm_sync import sregs_round_trip, synced
 from kvmlaunch.abi.reset import VCPU_TYPES, kvm_untouched
 from kvmlaunch.abi.segment import SEGMENT_FIELDS, Segment
 from kvmlaunch.abi.vmsa import SEV_FEATURES, VMSA_FIELDS, Vmsa, diff
+from kvmlaunch.errors import FormatError
 
 __all__ = ["Guess", "guess_unasked", "guess_vmsas"]
 
@@ -76,6 +78,9 @@ def _instead(expected: Vmsa, others: Sequence[Vmsa]) -> Iterator[tuple[str, Vmsa
     untouched = kvm_untouched(sev_features=expected.sev_features)
     yield "as KVM makes a vCPU that nobody touched", untouched
     yield "as after KVM_GET_SREGS and KVM_SET_SREGS", sregs_round_trip(expected)
+    with contextlib.suppress(FormatError):  # a state that KVM refuses is none that it measures
+        made = synced(expected, sev_features=expected.sev_features)
+        yield "as KVM makes it of these registers", made
     for vmsa in others:
         yield "the VMSA of another vCPU", vmsa
     for name, signature in (("none", 0), ("KVM's own", untouched.rdx), *VCPU_TYPES.items()):

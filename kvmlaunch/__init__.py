@@ -18,6 +18,8 @@ from kvmlaunch.version import __version__
 
 TYPE_CHECKING = False  # typing's, which takes longer to import than all of this
 if TYPE_CHECKING:
+    from kvmlaunch.abi.idblock import IdBlock
+    from kvmlaunch.abi.idblock_sign import Signer, sign_id_block
     from kvmlaunch.errors import KvmLaunchError
     from kvmlaunch.images import (
         LaunchPlan,
@@ -29,14 +31,17 @@ if TYPE_CHECKING:
         load_vmm,
         to_sync,
     )
+    from kvmlaunch.launch.bisect import bisect
     from kvmlaunch.launch.explain import Cause, Explanation, explain_digest, explain_vmsa
     from kvmlaunch.launch.gdb import serve_gdb
     from kvmlaunch.launch.guest import Guest
     from kvmlaunch.launch.legacy import LegacyLaunch, plan_legacy
     from kvmlaunch.launch.measure import Measurement, firmware_digest, measure, page_records
+    from kvmlaunch.launch.oracle import Oracle
     from kvmlaunch.launch.records import PageRecord
     from kvmlaunch.launch.run import Outcome, run_guest
     from kvmlaunch.launch.trace import Trace
+    from kvmlaunch.launch.verify import verify
     from kvmlaunch.launch.vmsa_mode import probe_vmsa_mode, settle_vmsa_mode
     from kvmlaunch.platforms import host_cbitpos, open_platform
     from kvmlaunch.sim import SimPlatform
@@ -46,22 +51,26 @@ __all__ = [
     "Cause",
     "Explanation",
     "Guest",
+    "IdBlock",
     "KvmLaunchError",
     "LaunchPlan",
     "LegacyLaunch",
     "Measurement",
+    "Oracle",
     "Outcome",
     "PageRecord",
     "PlanOptions",
     "Proposal",
     "RealPlatform",
     "Recorder",
+    "Signer",
     "SimPlatform",
     "Trace",
     "VmmProfile",
     "VmsaChoice",
     "VmsaMode",
     "__version__",
+    "bisect",
     "explain_digest",
     "explain_vmsa",
     "firmware_digest",
@@ -76,23 +85,28 @@ __all__ = [
     "run_guest",
     "serve_gdb",
     "settle_vmsa_mode",
+    "sign_id_block",
     "to_sync",
+    "verify",
 ]
 
 _HOME = {
     "Cause": "launch.explain",
     "Explanation": "launch.explain",
     "Guest": "launch.guest",
+    "IdBlock": "abi.idblock",
     "KvmLaunchError": "errors",
     "LaunchPlan": "images",
     "LegacyLaunch": "launch.legacy",
     "Measurement": "launch.measure",
+    "Oracle": "launch.oracle",
     "Outcome": "launch.run",
     "PageRecord": "launch.records",
     "PlanOptions": "images",
     "Proposal": "uapi",
     "RealPlatform": "uapi",
     "Recorder": "uapi",
+    "Signer": "abi.idblock_sign",
     "SimPlatform": "sim",
     "Trace": "launch.trace",
     "VmmProfile": "images",
@@ -100,6 +114,7 @@ _HOME = {
     "VmsaMode": "images",
     "explain_digest": "launch.explain",
     "explain_vmsa": "launch.explain",
+    "bisect": "launch.bisect",
     "firmware_digest": "launch.measure",
     "host_cbitpos": "platforms",
     "load_image": "images",
@@ -112,7 +127,9 @@ _HOME = {
     "run_guest": "launch.run",
     "serve_gdb": "launch.gdb",
     "settle_vmsa_mode": "launch.vmsa_mode",
+    "sign_id_block": "abi.idblock_sign",
     "to_sync": "images",
+    "verify": "launch.verify",
 }
 
 

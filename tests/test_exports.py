@@ -244,6 +244,10 @@ def objects() -> Iterator[dict[str, Any]]:
             "empty plan": plan([]),
             "one step": step(0, [None], PageType.ZERO),
             "KvmLaunchError": kvmlaunch.KvmLaunchError("text"),
+            "IdBlock": kvmlaunch.IdBlock(bytes(48)),
+            "Signer": kvmlaunch.Signer.generate(),
+            "Oracle": kvmlaunch.Oracle(platform),
+            "signing Oracle": kvmlaunch.Oracle(platform, id_key=kvmlaunch.Signer.generate()),
         }
         memory.close()
 
@@ -255,6 +259,7 @@ NAMES = [
     *["Trace", "Proposal", "VmsaChoice", "VmsaMode", "LegacyLaunch", "VmmProfile"],
     *["Choice", "WitnessReport", "undecided WitnessReport", "Outcome", "Outcome without a vCPU"],
     *["empty plan", "one step", "KvmLaunchError", "Explanation", "Cause"],
+    *["IdBlock", "Signer", "Oracle", "signing Oracle"],
 ]
 
 

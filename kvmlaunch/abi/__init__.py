@@ -20,6 +20,7 @@
 | `report`        | attestation report                                                   |
 | `guest_message` | messages between guest and firmware: header, encryption              |
 | `guest_payload` | the payloads of these messages                                       |
+| `blob`          | small structures as raw bytes, hex or base64                         |
 | `cert_table`    | certificate table of an extended guest request                       |
 
 Nothing here opens files, reads a clock or needs the extension; bad input raises

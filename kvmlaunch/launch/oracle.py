@@ -93,6 +93,10 @@ class Oracle:
         self._proposal = proposal
         self._retry_cpuid = retry_cpuid
 
+    def __repr__(self) -> str:
+        how = repr(self._id_key) if self._id_key is not None else "unsigned"
+        return f"<Oracle {how}, {self.launches} launches, platform={self.platform.name}>"
+
     def ask(self, plan: LaunchPlan, digest: bytes) -> Reply:
         """Launch ``plan`` up to FINISH, with an ID block that expects ``digest``.
 

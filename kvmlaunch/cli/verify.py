@@ -112,10 +112,13 @@ def _verify(args: argparse.Namespace, talk: Talk) -> int:
             event["fits"] = None if where.fits is None else where.fits.why
         _print_json(event)
     elif args.log != "-":
-        print(str(verdict) if where is None else str(where))
+        placed = where is not None and where.answer is Answer.DIFFERS
+        print(str(where if placed else verdict))
         for reply in verdict.replies:
             print(f"  {reply}")
         if where is not None:
+            if not placed:
+                print(f"  where it differs is {where}")
             print_guess(where.fits)
     return DONE if verdict.answer is Answer.RIGHT else FAILED
 

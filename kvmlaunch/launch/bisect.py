@@ -115,18 +115,23 @@ class _Search:
         pages = self.plan.npages
         if self._pages_right(pages):
             return self._behind_the_pages()
-        first = _first_wrong(pages, self._pages_right)
+        first = _first_wrong(pages, self._pages_right) if pages else 0
         # Only now: a "right" on the way has proven that the empty launch is as well.
-        if first == 1 and not self._pages_right(0):
-            guesses = guess_unasked(self._made, self.plan.sev_features)
-            why = "the host measures something even where nothing is launched"
-            return self._found(None, why, self._fitting(guesses, 0))
+        if not pages or (first == 1 and not self._pages_right(0)):
+            return self._unasked()
         return self._page(self.records[first - 1])
 
     def run_vmsas(self) -> Bisection:
         if self._pages_right(self.plan.npages):
             return self._behind_the_pages()
+        if not self.plan.npages:
+            return self._unasked()
         return self._found(None, f"among the {self.plan.npages} pages that the plan launches")
+
+    def _unasked(self) -> Bisection:
+        guesses = guess_unasked(self._made, self.plan.sev_features)
+        why = "the host measures something even where nothing is launched"
+        return self._found(None, why, self._fitting(guesses, 0))
 
     def _page(self, record: PageRecord) -> Bisection:
         if record.type is not PageType.VMSA:

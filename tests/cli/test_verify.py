@@ -166,6 +166,16 @@ def test_json_of_verify_has_answer_and_proof(cli: Cli, halt: Path) -> None:
     assert found["fits"] == "SEV feature debug_swap is set"
 
 
+def test_verify_that_can_not_say_where_still_says_that_it_differs(cli: Cli, halt: Path) -> None:
+    done = cli("verify", *SWAP, "--sim-fault", "SNP_LAUNCH_FINISH:fw=1@2", halt)
+    lines = done.out.splitlines()
+    assert (done.code, lines[0]) == (
+        1,
+        f"differs: the firmware measured another launch digest than {digest_of(cli, halt)}",
+    )
+    assert lines[2].startswith("  where it differs is unknown: not expected: ")
+
+
 # Exit codes
 
 

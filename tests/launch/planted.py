@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvmlaunch.uapi import Platform, Result, address_of, ffi, lib, peek, poke
@@ -70,7 +70,7 @@ class Planted(Wrapped):
             },
         )
         mine = ffi.new("struct kvm_sev_cmd *", command[0])
-        mine.data = address_of(update)
+        mine.id, mine.data = lib.KVM_SEV_SNP_LAUNCH_UPDATE, address_of(update)
         result = super().ioctl(fd, lib.KVM_MEMORY_ENCRYPT_OP, address_of(mine))
         command.error = mine.error
         return result
@@ -177,9 +177,3 @@ class OneMoreVcpu(Wrapped):
         while self._left:
             super().close(self._left.pop())
         return super().close(fd)
-
-
-def pages_of(steps: int, each: int) -> Iterator[list[bytes]]:
-    """Pages whose contents are all different, in steps."""
-    for step in range(steps):
-        yield [(step * each + n).to_bytes(4, "little") * (PAGE // 4) for n in range(each)]

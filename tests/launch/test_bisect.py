@@ -18,7 +18,7 @@ from kvmlaunch.launch.prefix import prefix
 from kvmlaunch.launch.verify import verify
 from kvmlaunch.platforms import open_platform
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.uapi import Platform, Result, lib
+from kvmlaunch.uapi import Platform, Result, ffi, lib
 from tests.launch.planted import (
     Change,
     OneMoreVcpu,
@@ -340,6 +340,43 @@ def test_bisect_when_everything_is_called_a_bad_measurement_blames_no_page() -> 
         result = found(small_plan(), platform)
     assert (result.answer, result.culprit, result.fits) == (Answer.DIFFERS, None, None)
     assert str(result) == "differs: the host measures something even where nothing is launched"
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_bisect_when_the_plan_has_no_pages_finds_the_vmsa(vcpus: int) -> None:
+    with SimPlatform() as platform:
+        assert found(plan([], vcpus=vcpus), platform).answer is Answer.RIGHT
+        result = found(plan([], vcpus=vcpus), sync_host(platform, vcpus - 1, "rbx", 5))
+    assert str(result) == f"differs: VMSA of vCPU {vcpus - 1}"
+
+
+class Unasked(Planted):
+    """Measures a page that nobody asked for, at each FINISH."""
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
+        if request == lib.KVM_MEMORY_ENCRYPT_OP and arg:
+            command = ffi.cast("struct kvm_sev_cmd *", arg)
+            if command.id == lib.KVM_SEV_SNP_LAUNCH_FINISH:
+                self._send(fd, command, Sent(FREE, 3, bytes(PAGE)))
+        return super().ioctl(fd, request, arg)
+
+
+@pytest.mark.parametrize("launch_plan", [plan([]), small_plan()])
+def test_bisect_when_more_is_measured_than_asked_for_blames_no_page(
+    launch_plan: LaunchPlan,
+) -> None:
+    with SimPlatform() as platform:
+        host = Unasked(platform, lambda: lambda page: [page])
+        result = found(launch_plan, host)
+        verdict = verify(launch_plan, Oracle(host))
+        short = bisect_vmsas(launch_plan, Oracle(host), verdict)
+    assert culprit(result) is None
+    assert str(result) == "differs: the host measures something even where nothing is launched"
+    assert str(short) == (
+        str(result)
+        if not launch_plan.npages
+        else "differs: among the 6 pages that the plan launches"
+    )
 
 
 # Size

@@ -13,7 +13,7 @@ from kvmlaunch.images import LaunchPlan, VmsaChoice
 from kvmlaunch.images.plan import PageRange, Piece
 from kvmlaunch.launch.bisect import Bisection, bisect, bisect_vmsas
 from kvmlaunch.launch.measure import page_records
-from kvmlaunch.launch.oracle import Answer, Oracle
+from kvmlaunch.launch.oracle import Answer, Oracle, Reply
 from kvmlaunch.launch.prefix import prefix
 from kvmlaunch.launch.verify import verify
 from kvmlaunch.platforms import open_platform
@@ -400,3 +400,26 @@ def test_bisect_when_the_plan_is_long_takes_log_n_launches(page: int) -> None:
     assert result.culprit.origin == f"big.bin+{page * PAGE:#x}"
     # The whole, the pages, and for the first page the empty launch.
     assert result.launches <= 3 + 9
+
+
+class Knows(Oracle):
+    """Answers by itself: everything is right up to page ``wrong``."""
+
+    def __init__(self, platform: Platform, wrong: int) -> None:
+        super().__init__(platform)
+        self.wrong = wrong
+
+    def ask(self, plan: LaunchPlan, digest: bytes) -> Reply:
+        self.launches += 1
+        right = plan.npages <= self.wrong
+        return Reply(Answer.RIGHT if right else Answer.DIFFERS, digest, 0x0A, 5, False)
+
+
+@pytest.mark.parametrize("page", [0, 1, 32767, 32768, 65534, 65535])
+def test_bisect_when_the_plan_has_65536_pages_takes_at_most_20_launches(page: int) -> None:
+    pages = PageRange(0x100000, 65536 * PAGE, PageType.ZERO, "zero", "kvmlaunch:zero")
+    oracle = Knows(SimPlatform(), page)
+    result = bisect(plan([pages], memory=[(0, 65536 * PAGE + 0x100000)]), oracle)
+    assert result.culprit is not None
+    assert result.culprit.seq == page
+    assert result.launches == oracle.launches <= 20

@@ -118,15 +118,18 @@ class PageRange:
         """Number of 4 KiB pages."""
         return self.size // PAGE_SIZE
 
-    def head(self, npages: int) -> PageRange:
-        """The first ``npages`` pages of it."""
-        size = npages * PAGE_SIZE
-        pieces = tuple(
-            replace(piece, data=piece.data[: size - piece.offset])
-            for piece in self.pieces
-            if piece.offset < size
-        )
-        return replace(self, size=size, pieces=pieces)
+    def section(self, first: int, end: int) -> PageRange:
+        """Its pages ``first`` to ``end`` - 1."""
+        start, stop = first * PAGE_SIZE, end * PAGE_SIZE
+        pieces = []
+        for piece in self.pieces:
+            low, high = max(piece.offset, start), min(piece.end, stop)
+            if low < high:
+                skipped = low - piece.offset
+                data = piece.data[skipped : high - piece.offset]
+                at = piece.file_offset + skipped
+                pieces.append(replace(piece, offset=low - start, data=data, file_offset=at))
+        return replace(self, gpa=self.gpa + start, size=stop - start, pieces=tuple(pieces))
 
     def page(self, index: int) -> memoryview:
         """The 4096 bytes of page ``index``: a view where one piece covers the page."""

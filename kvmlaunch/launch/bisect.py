@@ -1,9 +1,11 @@
 """Find the first page from which on a host's launch digest is another than the predicted one.
 
-Each question is a launch of a prefix of the plan (see `kvmlaunch.launch.oracle`): as long as
-the host measures what was predicted, the prefix's digest is right, and it never is again behind
-the first difference. So a binary search over the pages finds it in O(log n) launches. The
-VMSAs that KVM makes come behind the pages; prefixes without vCPUs tell them apart.
+Each question is a launch of a part of the plan (see `kvmlaunch.launch.oracle`). What counts are
+prefixes: as long as the host measures what was predicted, a prefix's digest is right, and it
+never is again behind the first difference, so that a binary search finds that in O(log n)
+launches. Most differences also show where a few pages are launched alone; so that is
+searched first, with fewer pages, and two prefixes prove what it finds. The VMSAs that KVM
+makes come behind the pages: parts without vCPUs tell them apart.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from kvmlaunch.images.plan import LaunchPlan
 from kvmlaunch.images.vmsas import finish_vmsas
 from kvmlaunch.launch.measure import page_records
 from kvmlaunch.launch.oracle import Answer, Oracle, Reply
-from kvmlaunch.launch.prefix import prefix
+from kvmlaunch.launch.prefix import prefix, section
 from kvmlaunch.launch.records import PageRecord
 from kvmlaunch.launch.verify import Verdict, conclude
 from kvmlaunch.launch.vmsa_search import Guess, guess_unasked, guess_vmsas
@@ -69,11 +71,6 @@ def bisect(
     ``on_reply`` gets each question and its answer. Raises what launching does.
     """
     search = _Search(plan, oracle, on_reply)
-    reply = search.ask("the whole launch", plan, search.records[-1].digest)
-    verdict = conclude(plan, oracle, reply)
-    if verdict.answer is not Answer.DIFFERS:
-        why = str(verdict).split(": ", 1)[1]
-        return Bisection(verdict.answer, None, why, None, oracle.launches)
     return search.guarded(search.run)
 
 
@@ -99,11 +96,6 @@ class _Search:
         self._on_reply = on_reply
         self._made = tuple(vmsa for _, vmsa in finish_vmsas(plan))
 
-    def ask(self, what: str, plan: LaunchPlan, digest: bytes) -> Reply:
-        reply = self._oracle.ask(plan, digest)
-        self._on_reply(what, reply)
-        return reply
-
     def guarded(self, search: Callable[[], Bisection]) -> Bisection:
         try:
             return search()
@@ -112,21 +104,70 @@ class _Search:
             return Bisection(Answer.UNKNOWN, None, why, None, self._oracle.launches)
 
     def run(self) -> Bisection:
-        pages = self.plan.npages
-        if self._pages_right(pages):
-            return self._behind_the_pages()
-        first = _first_wrong(pages, self._pages_right) if pages else 0
-        # Only now: a "right" on the way has proven that the empty launch is as well.
-        if not pages or (first == 1 and not self._pages_right(0)):
-            return self._unasked()
-        return self._page(self.records[first - 1])
+        return self._first_difference(self._among_the_pages, self._whole)
 
     def run_vmsas(self) -> Bisection:
-        if self._pages_right(self.plan.npages):
-            return self._behind_the_pages()
-        if not self.plan.npages:
-            return self._unasked()
+        return self._first_difference(self._somewhere_in_the_pages, self._only_together)
+
+    def _first_difference(
+        self, in_pages: Callable[[], Bisection], apart_right: Callable[[], Bisection]
+    ) -> Bisection:
+        """Pages without vCPUs, then VMSAs without pages: these don't depend on those."""
+        if not self._pages_right(self.plan.npages):
+            return in_pages() if self.plan.npages else self._unasked()
+        if self._made and not self._vmsas_right(0, len(self._made)):
+            return self._among_the_vmsas(0)
+        return apart_right()
+
+    def _somewhere_in_the_pages(self) -> Bisection:
         return self._found(None, f"among the {self.plan.npages} pages that the plan launches")
+
+    def _whole(self) -> Bisection:
+        reply = self._oracle.ask(self.plan, self.records[-1].digest if self.records else _EMPTY)
+        self._on_reply("the whole launch", reply)
+        verdict = conclude(self.plan, self._oracle, reply)
+        for control in verdict.replies[1:]:
+            self._on_reply("the whole launch, and a wrong digest", control)
+        if verdict.answer is Answer.DIFFERS:
+            return self._only_together()
+        why = str(verdict).split(": ", 1)[1]
+        return Bisection(verdict.answer, None, why, None, self._oracle.launches)
+
+    def _only_together(self) -> Bisection:
+        if self._made:
+            return self._among_the_vmsas(self.plan.npages)
+        why = "the pages are as predicted, but with vCPUs the host measures more than them"
+        return self._found(None, why)
+
+    def _among_the_pages(self) -> Bisection:
+        npages, right = self.plan.npages, self._pages_right
+        first = self._first_alone()
+        if not right(first):
+            # It depends on the pages before, or the host measures something else in any case.
+            wrong = _first_wrong(first, right) if first else 0
+            if wrong <= 1 and (not first or not right(0)):
+                return self._unasked()
+        elif first + 1 < npages and right(first + 1):
+            behind = first + 1
+            wrong = behind + _first_wrong(npages - behind, lambda n: right(behind + n))
+        else:
+            wrong = first + 1
+        return self._page(self.records[wrong - 1])
+
+    def _first_alone(self) -> int:
+        """The first page that differs if it doesn't take those before it to see that."""
+        low, high = 0, self.plan.npages
+        while high - low > 1:
+            middle = (low + high) // 2
+            digest = LaunchDigest()
+            for record in self.records[low:middle]:
+                digest.update_contents(record.type, record.gpa, record.contents)
+            part = section(self.plan, low, middle)
+            if self._right(f"pages {low} to {middle - 1} alone", part, digest.value):
+                low = middle
+            else:
+                high = middle
+        return low
 
     def _unasked(self) -> Bisection:
         guesses = guess_unasked(self._made, self.plan.sev_features)
@@ -144,18 +185,12 @@ class _Search:
         fits = self._first_right(guesses, alone, step.gpa)
         return self._found(record, "first at a VMSA that the plan launches", fits)
 
-    def _behind_the_pages(self) -> Bisection:
-        """All pages are right, so what KVM adds at FINISH isn't."""
-        if not self._made:
-            why = "the pages are as predicted, but with vCPUs the host measures more than them"
-            return self._found(None, why)
-        # VMSAs don't depend on pages: leave those out, unless it takes them to see it.
-        alone = not self._vmsas_right(0, len(self._made))
-        pages = 0 if alone else self.plan.npages
+    def _among_the_vmsas(self, pages: int) -> Bisection:
+        """With so many pages, the VMSAs of all vCPUs aren't right."""
         first = _first_wrong(len(self._made), lambda vcpus: self._vmsas_right(pages, vcpus)) - 1
         others = [vmsa for vcpu, vmsa in enumerate(self._made) if vcpu != first]
         guesses = guess_vmsas(self._made[:first], self._made[first], others)
-        fits = self._fitting(guesses, first + 1) if alone else None
+        fits = self._fitting(guesses, first + 1) if not pages else None
         record = self.records[self.plan.npages + first]
         return self._found(record, f"VMSA of vCPU {first}", fits)
 
@@ -171,7 +206,8 @@ class _Search:
         return self.records[pages - 1].digest if pages else _EMPTY
 
     def _right(self, what: str, plan: LaunchPlan, digest: bytes) -> bool:
-        reply = self.ask(what, plan, digest)
+        reply = self._oracle.ask(plan, digest)
+        self._on_reply(what, reply)
         if reply.answer is Answer.UNKNOWN:
             raise _Unexpected(reply)
         return reply.answer is Answer.RIGHT

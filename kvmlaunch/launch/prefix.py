@@ -6,20 +6,26 @@ from dataclasses import replace
 
 from kvmlaunch.images.plan import LaunchPlan, PageRange
 
-__all__ = ["prefix"]
+__all__ = ["prefix", "section"]
 
 
 def prefix(plan: LaunchPlan, pages: int, vcpus: int = 0) -> LaunchPlan:
-    """The plan's first ``pages`` pages and first ``vcpus`` vCPUs, the last step cut where needed.
+    """The plan's first ``pages`` pages and first ``vcpus`` vCPUs, see `section`."""
+    return section(plan, 0, pages, vcpus)
+
+
+def section(plan: LaunchPlan, first: int, end: int, vcpus: int = 0) -> LaunchPlan:
+    """The plan's pages ``first`` to ``end`` - 1 and first ``vcpus`` vCPUs; steps are cut.
 
     No vCPU is bound to a VMSA: it can be launched, but not run.
     """
     steps: list[PageRange] = []
+    at = 0
     for step in plan.steps:
-        if not pages:
-            break
-        steps.append(step if step.npages <= pages else step.head(pages))
-        pages -= steps[-1].npages
+        low, high = max(first - at, 0), min(end - at, step.npages)
+        if low < high:
+            steps.append(step.section(low, high))
+        at += step.npages
     return replace(
         plan,
         steps=tuple(steps),

@@ -14,7 +14,7 @@ from kvmlaunch.images.plan import PageRange, Piece
 from kvmlaunch.launch.bisect import Bisection, bisect, bisect_vmsas
 from kvmlaunch.launch.measure import page_records
 from kvmlaunch.launch.oracle import Answer, Oracle, Reply
-from kvmlaunch.launch.prefix import prefix
+from kvmlaunch.launch.prefix import prefix, section
 from kvmlaunch.launch.verify import verify
 from kvmlaunch.platforms import open_platform
 from kvmlaunch.sim import SimPlatform
@@ -70,11 +70,27 @@ def test_prefix_when_cut_has_the_first_records_of_the_plan(pages: int, vcpus: in
     ][:pages]
 
 
+@pytest.mark.parametrize(("first", "end"), [(0, 0), (0, 6), (1, 2), (1, 6), (2, 4), (5, 6)])
+def test_section_when_cut_has_these_pages_of_the_plan(first: int, end: int) -> None:
+    whole = small_plan(vcpus=2)
+    expected = [(r.gpa, r.type, r.contents, r.origin) for r in page_records(whole)][first:end]
+    part = section(whole, first, end)
+    assert [(r.gpa, r.type, r.contents, r.origin) for r in page_records(part)] == expected
+
+
 @pytest.mark.parametrize("pages", [1, 2, 3])
 def test_prefix_when_a_step_is_cut_inside_a_piece_keeps_contents_and_origins(pages: int) -> None:
     data = bytes(range(256)) * 48  # three pages, less 256 bytes that are zero
     piece = Piece(0x100, memoryview(data)[:-0x100], "image.bin", 0x40)
     whole = plan([PageRange(0x1000, 3 * PAGE, PageType.NORMAL, "image", "image.bin", (piece,))])
+    for first in range(pages):
+        part = section(whole, first, pages).steps[0]
+        assert [bytes(part.page(n)) for n in range(part.npages)] == [
+            bytes(whole.steps[0].page(n)) for n in range(first, pages)
+        ]
+        assert [part.origin_of(n) for n in range(part.npages)] == [
+            whole.steps[0].origin_of(n) for n in range(first, pages)
+        ]
     cut = prefix(whole, pages).steps[0]
     assert cut.npages == pages
     assert [bytes(cut.page(n)) for n in range(pages)] == [
@@ -99,7 +115,8 @@ def test_prefix_when_cut_copies_no_contents() -> None:
 def test_bisect_when_nothing_differs_is_right(mode: str) -> None:
     with SimPlatform(KERNEL[mode]) as platform:
         result = found(load(vcpus=2, vmsa_mode=mode), platform)
-    assert (result.answer, result.culprit, result.launches) == (Answer.RIGHT, None, 2)
+    assert (result.answer, result.culprit) == (Answer.RIGHT, None)
+    assert result.launches == (4 if mode == "sync" else 3)
 
 
 # Pages
@@ -134,6 +151,46 @@ def test_bisect_when_two_pages_are_in_the_other_order_finds_the_first(gpa: int) 
     with SimPlatform() as platform:
         result = found(launch_plan, Planted(platform, late(gpa)))
     assert culprit(result) == at_gpa(launch_plan, gpa)
+
+
+@pytest.mark.parametrize("nth", range(6))
+def test_bisect_when_it_depends_on_the_pages_before_still_finds_the_first(nth: int) -> None:
+    """The n-th page of every launch is another, whichever that is."""
+
+    def make() -> Change:
+        count = 0
+
+        def change(page: Sent) -> list[Sent]:
+            nonlocal count
+            count += 1
+            return [page._replace(gpa=FREE)] if count == nth + 1 else [page]
+
+        return change
+
+    launch_plan = small_plan()
+    with SimPlatform() as platform:
+        result = found(launch_plan, Planted(platform, make))
+    assert result.culprit == list(page_records(launch_plan))[nth]
+
+
+@pytest.mark.parametrize("wrong", range(1, 6))
+def test_bisect_when_alone_every_page_is_right_still_finds_the_first(wrong: int) -> None:
+    """A host that goes wrong only after pages enough, from the first one on."""
+
+    def make() -> Change:
+        seen: list[Sent] = []
+
+        def change(page: Sent) -> list[Sent]:
+            seen.append(page)
+            late = seen[0].gpa == 0x1000 and len(seen) == wrong + 1
+            return [page._replace(gpa=FREE)] if late else [page]
+
+        return change
+
+    launch_plan = small_plan()
+    with SimPlatform() as platform:
+        result = found(launch_plan, Planted(platform, make))
+    assert result.culprit == list(page_records(launch_plan))[wrong]
 
 
 @pytest.mark.parametrize("keys", [{}, {"id_key": 1}, {"id_key": 1, "author_key": 1}])
@@ -398,28 +455,32 @@ def test_bisect_when_the_plan_is_long_takes_log_n_launches(page: int) -> None:
     assert result.culprit is not None
     assert result.culprit.seq == page
     assert result.culprit.origin == f"big.bin+{page * PAGE:#x}"
-    # The whole, the pages, and for the first page the empty launch.
+    # All pages, then the search, then the two prefixes that prove it.
     assert result.launches <= 3 + 9
 
 
 class Knows(Oracle):
-    """Answers by itself: everything is right up to page ``wrong``."""
+    """Answers by itself: one page of the plan is wrong."""
 
-    def __init__(self, platform: Platform, wrong: int) -> None:
+    def __init__(self, platform: Platform, gpa: int) -> None:
         super().__init__(platform)
-        self.wrong = wrong
+        self.gpa = gpa
+        self.pages = 0
 
     def ask(self, plan: LaunchPlan, digest: bytes) -> Reply:
         self.launches += 1
-        right = plan.npages <= self.wrong
-        return Reply(Answer.RIGHT if right else Answer.DIFFERS, digest, 0x0A, 5, False)
+        self.pages += plan.npages
+        wrong = plan.step_at(self.gpa) is not None
+        return Reply(Answer.DIFFERS if wrong else Answer.RIGHT, digest, 0x0A, 5, False)
 
 
 @pytest.mark.parametrize("page", [0, 1, 32767, 32768, 65534, 65535])
 def test_bisect_when_the_plan_has_65536_pages_takes_at_most_20_launches(page: int) -> None:
     pages = PageRange(0x100000, 65536 * PAGE, PageType.ZERO, "zero", "kvmlaunch:zero")
-    oracle = Knows(SimPlatform(), page)
+    oracle = Knows(SimPlatform(), 0x100000 + page * PAGE)
     result = bisect(plan([pages], memory=[(0, 65536 * PAGE + 0x100000)]), oracle)
     assert result.culprit is not None
     assert result.culprit.seq == page
     assert result.launches == oracle.launches <= 20
+    # What it costs is pages: those of a few whole launches, not of 20.
+    assert oracle.pages <= 4 * 65536

@@ -188,7 +188,7 @@ def _add_show(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="decode an ID block or its authentication",
         description=f"Decode ID block and ID authentication, with key digests. {READ_AS}",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="id-block, id-auth, or both")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=_show)
 

@@ -97,3 +97,34 @@ def test_unknown_command_is_a_usage_error(cli: Cli) -> None:
 def test_help_in_a_poor_encoding_is_printed() -> None:
     done = spawn("run", "--help", env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
     assert done.code == 0
+
+
+ID_BLOCK = {
+    "keygen": ["--encrypt", "--passphrase-file", "--force"],
+    "create": [
+        *(*IMAGE_OPTIONS, "--policy", "--digest", "--log", "--id-key", "--id-key-passphrase"),
+        *("--author-key", "--author-key-passphrase", "--family-id", "--image-id", "--guest-svn"),
+        *("--out-dir", "--output-format"),
+    ],
+    "show": ["--json"],
+    "verify": [
+        *(*IMAGE_OPTIONS, "--policy", "--digest", "--id-block", "--id-auth", "--platform", "--sim"),
+        *("--id-key-digest", "--author-key-digest", "--json"),
+    ],
+}
+
+
+@pytest.mark.parametrize("action", ID_BLOCK)
+def test_every_option_of_id_block_says_what_it_does(cli: Cli, action: str) -> None:
+    done = cli("id-block", action, "--help")
+    assert (done.code, done.err) == (0, "")
+    for option in ID_BLOCK[action]:
+        assert re.search(rf"^  {option}\b", done.out, re.MULTILINE), option
+    (parsers,) = (a for a in actions("id-block") if isinstance(a, argparse._SubParsersAction))
+    silent = [a.dest for a in parsers.choices[action]._actions if not a.help]
+    assert silent == []
+
+
+def test_id_block_without_an_action_is_2(cli: Cli) -> None:
+    done = cli("id-block")
+    assert (done.code, done.out) == (2, "")

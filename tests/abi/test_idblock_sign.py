@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -15,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
     decode_dss_signature,
     encode_dss_signature,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmlaunch.abi.idblock import IdAuth, IdBlock
 from kvmlaunch.abi.idblock_sign import (
@@ -67,6 +70,10 @@ def pem(private: Any, passphrase: bytes | None = None, *, sec1: bool = False) ->
 def der(private: Any, passphrase: bytes | None = None) -> bytes:
     text = pem(private, passphrase).splitlines()[1:-1]
     return base64.b64decode(b"".join(text))
+
+
+PEM, DER = pem(PRIVATE), der(PRIVATE)
+SEALED_PEM, SEALED_DER = pem(PRIVATE, PASSPHRASE), der(PRIVATE, PASSPHRASE)
 
 
 def never(message: bytes) -> bytes:
@@ -327,6 +334,22 @@ def test_private_pem_when_made_can_be_read(passphrase: bytes | None) -> None:
     assert (b"ENCRYPTED" in made) is bool(passphrase)
     assert Signer.from_pem(made, passphrase).public_key == signer.public_key
     assert private_pem()[1].digest != private_pem()[1].digest
+
+
+@given(st.data(), st.sampled_from([PEM, DER, SEALED_PEM, SEALED_DER]))
+@settings(deadline=None, max_examples=150)
+def test_key_when_some_bytes_are_others_is_a_key_or_refused(
+    data: st.DataObject, key: bytes
+) -> None:
+    changed = bytearray(key)
+    for at in data.draw(st.lists(st.integers(0, len(key) - 1), min_size=1, max_size=4)):
+        changed[at] = data.draw(st.integers(0, 255))
+    for read in (
+        lambda: Signer.from_pem(bytes(changed), PASSPHRASE),
+        lambda: Signer(never, changed),
+    ):
+        with contextlib.suppress(FormatError):
+            read()
 
 
 # Secrets

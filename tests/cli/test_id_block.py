@@ -220,7 +220,24 @@ def test_create_with_an_encrypted_key_takes_the_passphrase_from_file_or_environm
     assert SECRET not in done.out + done.err
 
 
-# The other tool
+# Other tools
+
+
+def test_verify_of_virtees_published_pair_finds_nothing(cli: Cli, tmp_path: Path) -> None:
+    """virtee/sev tests/measurement: ID block, and the page whose hash is published."""
+    from tests.abi.test_idblock_sign import published_auth
+
+    page = published_auth().encode()
+    assert hashlib.sha384(page).hexdigest() == vectors.VS_ID_AUTH_SHA384
+    (tmp_path / "id-block").write_text(vectors.ID_BLOCK_BASE64)
+    (tmp_path / "id-auth").write_bytes(page)
+    done = cli(
+        *("id-block", "verify", "--digest", vectors.ID_BLOCK_LD, "--policy", "0x30000"),
+        *("--id-block", tmp_path / "id-block", "--id-auth", tmp_path / "id-auth"),
+        *("--id-key-digest", vectors.VS_ID_KEY_DIGEST),
+        *("--author-key-digest", vectors.VS_AUTHOR_KEY_DIGEST),
+    )
+    assert (done.code, failed_checks(done), len(done.out.splitlines())) == (0, [], 7)
 
 
 def test_show_reads_what_snp_create_id_block_prints(

@@ -159,12 +159,13 @@ def _leaf_d(_model: CpuModel, index: int, registers: Registers) -> Registers:
     return (eax, ebx, ecx, 0)
 
 
-def _leaf_8000_0008(model: CpuModel, _index: int, registers: Registers) -> Registers:
+def _leaf_8000_0008(_model: CpuModel, _index: int, registers: Registers) -> Registers:
     eax, ebx, _, _ = registers
-    reduced = (eax & 0xFF) - model.phys_bits_reduction
+    # With NPT memory encryption takes no bit of a GPA; five levels are for those beyond 48.
+    addressable = eax & 0xFF if (eax >> 8 & 0xFF) > 48 else min(eax & 0xFF, 48)
     # Bits of another VM's business (INVLPGB, RDPRU, ...) go; VIRT_SSBD is emulated.
     kept = ebx & ~flags("INSTRETCNT:1 INVLPGB:3 RDPRU:4 MCOMMIT:8") | flags("VIRT_SSBD:25")
-    return (eax & 0xFF00 | reduced, kept, 0, 0)
+    return (addressable << 16 | eax & 0xFFFF, kept, 0, 0)
 
 
 def _leaf_8000_001f(_model: CpuModel, _index: int, registers: Registers) -> Registers:

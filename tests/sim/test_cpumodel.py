@@ -137,8 +137,10 @@ def test_supported_cpuid_8000001f_keeps_only_the_c_bit_of_ebx(name: str) -> None
     assert not kvm.eax & ~hardware[0]
 
 
-def test_supported_cpuid_80000008_has_the_reduced_address_width() -> None:
-    assert leaf(MILAN, 0x80000008).eax == 0x302F
+def test_supported_cpuid_80000008_has_the_bare_cpus_address_width() -> None:
+    # cpuid.c, __do_cpuid_func: with TDP the raw width, and GuestPhysAddrSize in bits 23:16.
+    assert leaf(MILAN, 0x80000008).eax == 0x303030
+    assert leaf(cpu_model("Genoa"), 0x80000008).eax == 0x343934
 
 
 def test_supported_cpuid_flags_only_indexed_leaves() -> None:

@@ -11,7 +11,12 @@ from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.policy import describe_policy
 from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Segment, Vmsa, describe_sev_features
 from kvmlaunch.cli.mode_options import add_svsm_options
-from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
+from kvmlaunch.cli.options import (
+    add_igvm_options,
+    add_image_options,
+    add_launch_options,
+    plan_from,
+)
 from kvmlaunch.cli.talk import DONE, Talk
 from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.images import LaunchPlan, PageRange, VmsaMode
@@ -28,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_image_options(parser)
     add_svsm_options(parser)
+    add_igvm_options(parser)
     add_launch_options(parser, log=False)
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.set_defaults(command=_inspect)
@@ -61,6 +67,10 @@ def _as_json(plan: LaunchPlan) -> dict[str, Any]:
             }
             for s in plan.steps
         ],
+        "shared": [
+            {"gpa": f"{s.gpa:#x}", "pages": s.npages, "label": s.label, "origin": s.origin}
+            for s in plan.shared
+        ],
         "vmsa_mode": str(plan.vmsa_mode),
         "vmsas": [
             {
@@ -86,6 +96,12 @@ def _as_text(plan: LaunchPlan) -> str:
         f"  {s.gpa:#014x}..{s.end:#014x} {s.npages:>6} {s.type.name:<10} {s.label} ({s.origin})"
         for s in plan.steps
     ]
+    if plan.shared:
+        lines += ["", "shared with the host, not launched"]
+        lines += [
+            f"  {s.gpa:#014x}..{s.end:#014x} {s.npages:>6} {s.label} ({s.origin})"
+            for s in plan.shared
+        ]
     counts = ", ".join(f"{count} {name}" for name, count in _pages_by_type(plan).items())
     lines += ["", f"pages: {counts}"]
     lines += ["", f"policy {plan.policy:#x}", *(f"  {bit}" for bit in describe_policy(plan.policy))]

@@ -7,17 +7,18 @@ import os
 import re
 
 from kvmlaunch.abi.blob import parse_blob
-from kvmlaunch.abi.policy import DEFAULT_POLICY, GuestPolicy, parse_policy
+from kvmlaunch.abi.policy import GuestPolicy, parse_policy
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
 from kvmlaunch.cli.mode_options import mode_choices
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsas_from
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmmProfile, load_image, load_vmm
-from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES
+from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES, ORDERS
 from kvmlaunch.images.vmm import BUILT_IN
 from kvmlaunch.launch.files import read_small
 
 __all__ = [
+    "add_igvm_options",
     "add_image_options",
     "add_launch_options",
     "choices_from",
@@ -30,26 +31,23 @@ _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _BLOB_MOST = 1 << 16
 _INPUTS = (
-    *("image", "ovmf", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file"),
+    *("image", "ovmf", "igvm", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file"),
     *("id_key", "author_key"),
 )
-_OUTPUTS = ("log", "trace_out", "report_out", "chain_out")
-_NOT_YET = {
-    "igvm": "IGVM files can't be launched yet",
-}
+_OUTPUTS = ("log", "trace_out", "report_out", "chain_out", "output")
 _QEMU = "QEMU"
 
 
 def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
     """The image and everything that changes its launch digest; or the image as --image."""
-    what = "flat, ELF or OVMF image"
+    what = "flat, ELF, OVMF or IGVM image"
     if positional:
         parser.add_argument("image", nargs="?", metavar="IMAGE", help=what)
     image = parser.add_argument_group("image")
     if not positional:
         image.add_argument("--image", metavar="IMAGE", help=what)
     image.add_argument("--ovmf", metavar="FILE", help="OVMF firmware, instead of IMAGE")
-    image.add_argument("--igvm", metavar="FILE", help="IGVM file, instead of IMAGE (not yet)")
+    image.add_argument("--igvm", metavar="FILE", help="IGVM file, instead of IMAGE")
     image.add_argument("--image-type", choices=IMAGE_TYPES, default="auto", help="default: auto")
     image.add_argument(
         "--load-addr", type=number, metavar="GPA", help="where a flat image goes (default 0x1000)"
@@ -64,7 +62,7 @@ def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         "--kernel", metavar="FILE", help="Linux kernel for OVMF, whose hash is measured"
     )
     image.add_argument("--initrd", metavar="FILE", help="its initrd")
-    image.add_argument("--append", metavar="TEXT", help="its command line")
+    image.add_argument("--append", metavar="TEXT", help="its command line, or that of --igvm")
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--vcpus", type=number, default=1, metavar="N", help="default: 1")
@@ -86,9 +84,8 @@ def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
     machine.add_argument(
         "--guest-features",
         type=number,
-        default=1,
         metavar="N",
-        help="SEV_FEATURES of the VMSAs (default 0x1)",
+        help="SEV_FEATURES of the VMSAs (default 0x1, or what an IGVM file's VMSAs have)",
     )
     machine.add_argument(
         "--cbitpos",
@@ -106,9 +103,8 @@ def add_launch_options(
     group = parser.add_argument_group("launch")
     group.add_argument(
         "--policy",
-        default=f"{DEFAULT_POLICY:#x}",
         metavar="POLICY",
-        help="guest policy: a number, or names as smt,debug (default 0x30000)",
+        help="guest policy: a number, or names as smt,debug (default: an IGVM file's, or 0x30000)",
     )
     group.add_argument("--host-data", metavar="HEX", help="32 bytes for the attestation report")
     if identity:
@@ -126,6 +122,23 @@ def add_launch_options(
     add_vmsa_options(parser)
 
 
+def add_igvm_options(parser: argparse.ArgumentParser, *, order: bool = True) -> None:
+    """How an IGVM file is read, and (``order``) whose order of its directives counts."""
+    group = parser.add_argument_group("IGVM file")
+    group.add_argument(
+        "--native-zero",
+        action="store_true",
+        help="pages without data are ZERO, as for Cloud Hypervisor (else NORMAL)",
+    )
+    if order:
+        group.add_argument(
+            "--order",
+            choices=ORDERS,
+            help="directives as the file has them (default), as a mainline kernel launches them "
+            "(VMSAs last, at its own GPA), or as QEMU issues them",
+        )
+
+
 def plan_from(
     args: argparse.Namespace, *, confidential: bool = True, cbitpos: int | None = None
 ) -> LaunchPlan:
@@ -140,16 +153,7 @@ def choices_from(
     args: argparse.Namespace, *, confidential: bool = True, cbitpos: int | None = None
 ) -> tuple[str, PlanOptions]:
     """The image's path, and what the options ask for. Raises FormatError and ImageError."""
-    for name, rule in _NOT_YET.items():
-        if getattr(args, name) is not None:
-            raise FormatError(f"--{name}: {rule}")
-    if (args.image is None) == (args.ovmf is None):
-        raise FormatError("name one image: IMAGE, or --ovmf FILE")
-    image_type = args.image_type
-    if args.ovmf is not None:
-        if image_type not in ("auto", "ovmf"):
-            raise FormatError(f"--ovmf and --image-type {image_type} contradict each other")
-        image_type = "ovmf"
+    image, image_type = _image(args)
     _check_outputs(args)
     policy = getattr(args, "policy", None)
     vmsas = vmsas_from(args)
@@ -157,7 +161,7 @@ def choices_from(
         image_type=image_type,
         vcpus=args.vcpus,
         memory=args.memory,
-        policy=_policy(policy) if policy is not None else DEFAULT_POLICY,
+        policy=None if policy is None else _policy(policy),
         host_data=_host_data(getattr(args, "host_data", None)),
         id_block=_blob(getattr(args, "id_block", None), 96, "an ID block"),
         id_auth=_blob(getattr(args, "id_auth", None), 4096, "an ID authentication"),
@@ -178,9 +182,26 @@ def choices_from(
         kernel=args.kernel or None,
         initrd=args.initrd or None,
         append=args.append or None,
+        order=getattr(args, "order", None),
+        native_zero=getattr(args, "native_zero", False),
         **mode_choices(args),
     )
-    return args.ovmf or args.image, options
+    return image, options
+
+
+def _image(args: argparse.Namespace) -> tuple[str, str]:
+    """The image's path, and its type as far as the options say it."""
+    named = [
+        (path, kind)
+        for path, kind in ((args.image, "auto"), (args.ovmf, "ovmf"), (args.igvm, "igvm"))
+        if path is not None
+    ]
+    if len(named) != 1:
+        raise FormatError("name one image: IMAGE, --ovmf FILE, or --igvm FILE")
+    path, kind = named[0]
+    if "auto" not in (kind, args.image_type) and kind != args.image_type:
+        raise FormatError(f"--{kind} and --image-type {args.image_type} contradict each other")
+    return path, args.image_type if kind == "auto" else kind
 
 
 def _vmm(name: str) -> VmmProfile | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images.options import PlanOptions
@@ -31,8 +32,8 @@ __all__ = [
     "to_sync",
 ]
 
-_LOADERS = ("elf", "flat", "ovmf")  # modules; an image needs one of them
-_NOT_YET = {"igvm": "IGVM files", "linux": "Linux kernels (bzImage)"}
+_LOADERS = ("elf", "flat", "igvm", "ovmf")  # modules; an image needs one of them
+_NOT_YET = {"linux": "Linux kernels (bzImage)"}
 
 _DEFAULTS = PlanOptions()
 
@@ -53,6 +54,8 @@ def load_image(
         raise source.fail(f"{_NOT_YET[kind]} can't be launched yet")
     if kind != "ovmf" and options.firmware_only:
         raise source.fail(f"{options.firmware_only} for OVMF firmware, this image is {kind}")
+    if kind != "igvm" and options.igvm_only:
+        raise source.fail(f"{options.igvm_only} for IGVM files, this image is {kind}")
     try:
         return _with_vmsas(_load(kind, source, options), options)
     except ImageError:
@@ -73,6 +76,8 @@ def _with_vmsas(plan: LaunchPlan, options: PlanOptions) -> LaunchPlan:
     mode = VmsaMode(options.vmsa_mode or VmsaMode.DIRECT)
     if mode is VmsaMode.SYNC:
         return plan
+    if plan.vmsa_mode is not VmsaMode.SYNC and not options.vmsas:
+        return replace(plan, vmsa_mode=mode)
     return supply_vmsas(plan, mode, options.vmsas or (VmsaChoice(),), forced=options.forced)
 
 

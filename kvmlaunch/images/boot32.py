@@ -57,7 +57,7 @@ def boot32(
     step = PageRange(
         gpa, PAGE_SIZE, PageType.NORMAL, "start-info", _ORIGIN, (Piece(0, info, _ORIGIN),)
     )
-    return step, _protected_mode(entry, gpa, options.sev_features)
+    return step, _protected_mode(entry, gpa, options.features)
 
 
 def _start_info(gpa: int, memory: Sequence[MemoryRegion]) -> bytes:

@@ -53,7 +53,7 @@ def boot64(
     step = PageRange(
         gpa, TABLES_SIZE, PageType.NORMAL, "page-tables", _ORIGIN, (Piece(0, tables, _ORIGIN),)
     )
-    return step, _long_mode(entry, gpa | options.c_bit, options.sev_features)
+    return step, _long_mode(entry, gpa | options.c_bit, options.features)
 
 
 def place_page_tables(memory: Sequence[MemoryRegion], taken: Iterable[tuple[int, int]]) -> int:

@@ -84,7 +84,7 @@ def _start(
 
 
 def _reset(options: PlanOptions) -> Vmsa:
-    return qemu_reset(BSP_EIP, signature=options.signature, sev_features=options.sev_features)
+    return qemu_reset(BSP_EIP, signature=options.signature, sev_features=options.features)
 
 
 def _real_mode(entry: int, options: PlanOptions) -> Vmsa:

@@ -31,6 +31,7 @@ __all__ = [
     "DEFAULT_SIGNATURE",
     "IMAGE_TYPES",
     "MAX_VCPUS",
+    "ORDERS",
     "Blob",
     "PlanOptions",
     "build_plan",
@@ -47,7 +48,8 @@ DEFAULT_SIGNATURE = 0x800F12
 """CPUID signature of QEMU's EPYC-v4, which sev-snp-measure's users mostly name."""
 COMPAT = ("sev-snp-measure",)
 """Tools whose known bugs a plan can repeat."""
-IMAGE_TYPES = ("auto", "flat", "elf", "ovmf")
+IMAGE_TYPES = ("auto", "flat", "elf", "ovmf", "igvm")
+ORDERS = ("file", "kvm", "qemu")
 MAX_VCPUS = 4096
 
 SNP_ACTIVE = 1
@@ -64,12 +66,13 @@ class PlanOptions:
         image_type: one of ``IMAGE_TYPES``; ``auto`` looks into the file.
         vcpus: number of vCPUs.
         memory: guest RAM in bytes; None leaves it to the loader (256 MiB).
-        policy: guest policy (u64).
+        policy: guest policy (u64); None leaves it to the image (0x30000).
         host_data: 32 bytes for SNP_LAUNCH_FINISH.
         id_block, id_auth: 96 and 4096 bytes, both or none.
         author_key_enabled: the author key in id_auth counts.
         vcek_disabled: the guest's reports may not be signed by the VCEK.
-        sev_features: SEV_FEATURES of every VMSA (bit 0 = SNP active).
+        sev_features: SEV_FEATURES of every VMSA (bit 0 = SNP active); None leaves it to the
+            image (1).
         signature: CPUID leaf 1 EAX of the CPU model, in RDX at reset.
         load_addr, entry: where a flat image goes and starts (entry: ELF too).
         confidential: False plans for a plain VM, whose page tables have no C-bit.
@@ -79,24 +82,27 @@ class PlanOptions:
         vmsas: VMSA pages of modes ``page`` and ``direct``; without any, vCPU 0 gets one.
         forced: the kernel may refuse the VMSAs, they aren't checked before.
         vmm: profile of the VMM that launches firmware; None for QEMU's.
-        kernel, initrd, append: what QEMU hands to OVMF, whose hashes are measured.
+        kernel, initrd, append: what QEMU hands to OVMF, whose hashes are measured; ``append``
+            is an IGVM file's COMMAND_LINE, too.
         svsm: a coconut SVSM image to launch below OVMF; ``vars_size``: bytes between the two,
             for OVMF's variables.
         firmware_digest: 48 bytes, the digest of firmware whose pages then aren't launched
             (`kvmlaunch.launch.measure.firmware_digest` of the full plan).
         compat: one of ``COMPAT``, whose known bugs are repeated.
+        order: whose order an IGVM file's directives are in, one of ``ORDERS``; None: the file's.
+        native_zero: an IGVM file's pages without data are ZERO instead of NORMAL.
     """
 
     image_type: str = "auto"
     vcpus: int = 1
     memory: int | None = None
-    policy: int = DEFAULT_POLICY
+    policy: int | None = None
     host_data: bytes = bytes(32)
     id_block: bytes | None = None
     id_auth: bytes | None = None
     author_key_enabled: bool = False
     vcek_disabled: bool = False
-    sev_features: int = SNP_ACTIVE
+    sev_features: int | None = None
     signature: int = DEFAULT_SIGNATURE
     load_addr: int | None = None
     entry: int | None = None
@@ -113,6 +119,8 @@ class PlanOptions:
     vars_size: int | None = None
     firmware_digest: bytes | None = None
     compat: str | None = None
+    order: str | None = None
+    native_zero: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no launch could use."""
@@ -126,9 +134,11 @@ class PlanOptions:
             raise FormatError(f"a guest has at most {MAX_VCPUS} vCPUs, not {self.vcpus}")
         if not 32 <= self._cbitpos <= 63:
             raise FormatError(f"the C-bit is one of the address bits 32 to 63, not {self._cbitpos}")
+        if self.order not in (None, *ORDERS):
+            raise FormatError(f"unknown order {self.order!r}, known are {', '.join(ORDERS)}")
         for what, value, bits in (
-            ("policy", self.policy, 64),
-            ("SEV features", self.sev_features, 64),
+            ("policy", self.policy or 0, 64),
+            ("SEV features", self.features, 64),
             ("CPU signature", self.signature, 32),
             ("load address", self.load_addr or 0, 64),
             ("entry point", self.entry or 0, 64),
@@ -144,6 +154,8 @@ class PlanOptions:
 
     def _check_firmware(self) -> None:
         for name, what in (("initrd", "an initrd"), ("append", "a kernel command line")):
+            if name == "append" and self.image_type == "igvm":
+                continue
             if getattr(self, name) is not None and self.kernel is None:
                 raise FormatError(f"{what} goes with a kernel, and there is none")
         if self.kernel is not None and self.svsm is not None:
@@ -174,13 +186,20 @@ class PlanOptions:
         }
         return next((what for what, value in choices.items() if value is not None), None)
 
+    @property
+    def igvm_only(self) -> str | None:
+        """A choice that only IGVM files understand, in words; None if there is none."""
+        if self.order is not None:
+            return "an order is"
+        return "ZERO for pages without data is" if self.native_zero else None
+
     def _check_vmsa_mode(self) -> None:
         known = [mode.value for mode in VmsaMode]
         if self.vmsa_mode is not None and self.vmsa_mode not in known:
             raise FormatError(f"unknown VMSA mode {self.vmsa_mode!r}, known are {', '.join(known)}")
         ours = self.vmsas or self.vmsa_mode in (VmsaMode.PAGE, VmsaMode.DIRECT)
-        if ours and not self.sev_features & SNP_ACTIVE:
-            raise FormatError(lacks_snp_active(self.sev_features))
+        if ours and not self.features & SNP_ACTIVE:
+            raise FormatError(lacks_snp_active(self.features))
         if self.vmsa_mode == VmsaMode.SYNC and self.vmsas:
             raise FormatError(
                 "in mode sync KVM makes the VMSAs: plan for mode direct, then use to_sync()"
@@ -199,6 +218,11 @@ class PlanOptions:
                 f"guest memory of {self.memory:#x} bytes ends at GPA {end:#x}, "
                 f"beyond the C-bit (bit {self._cbitpos})"
             )
+
+    @property
+    def features(self) -> int:
+        """SEV_FEATURES where the image has none of its own."""
+        return SNP_ACTIVE if self.sev_features is None else self.sev_features
 
     @property
     def _cbitpos(self) -> int:
@@ -245,8 +269,8 @@ def build_plan(
         memory=tuple(sorted(memory, key=lambda region: region.gpa)),
         steps=tuple(steps),
         vcpus=tuple(vcpus),
-        policy=options.policy,
-        sev_features=options.sev_features,
+        policy=DEFAULT_POLICY if options.policy is None else options.policy,
+        sev_features=options.features,
         host_data=options.host_data,
         id_block=options.id_block,
         id_auth=options.id_auth,

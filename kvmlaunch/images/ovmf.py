@@ -65,7 +65,7 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
         vcpus=vmm.states(
             options.vcpus,
             signature=options.signature,
-            sev_features=options.sev_features,
+            sev_features=options.features,
             # A plain VM's other vCPUs wait for a SIPI.
             reset_eip=tables.reset_eip if options.confidential else tables.reset_eip or 0,
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ __all__ = [
     "MemoryRegion",
     "PageRange",
     "Piece",
+    "Pieces",
     "VmsaMode",
     "check_identity",
     "free_gpa",
@@ -77,6 +79,14 @@ class Piece:
         return self.offset + len(self.data)
 
 
+class Pieces(Sequence[Piece]):
+    """Pieces that are made when they are asked for."""
+
+    @abstractmethod
+    def following(self, offset: int) -> int:
+        """Index of the first piece that begins behind ``offset`` (bytes from the range's start)."""
+
+
 @dataclass(frozen=True)
 class PageRange:
     """Successive pages of one type, launched in ascending order.
@@ -91,7 +101,7 @@ class PageRange:
     type: PageType
     label: str
     origin: str
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Piece, ...] | Pieces = ()
 
     def __post_init__(self) -> None:
         """Refuse a range that no launch update could take."""
@@ -156,7 +166,7 @@ class PageRange:
 
     def _run(self, index: int, most: int) -> memoryview:
         start = index * PAGE_SIZE
-        following = bisect_right(self.pieces, start, key=lambda piece: piece.offset)
+        following = self._following(start)
         piece = self.pieces[following - 1] if following else None
         left = 0 if piece is None else piece.end - start
         if piece is not None and left >= PAGE_SIZE:
@@ -197,10 +207,16 @@ class PageRange:
                     yield f"{piece.origin}+{piece.file_offset + max(start - piece.offset, 0):#x}"
             index = following
 
+    def _following(self, offset: int) -> int:
+        """Index of the first piece that begins behind ``offset``."""
+        if isinstance(self.pieces, tuple):
+            return bisect_right(self.pieces, offset, key=lambda piece: piece.offset)
+        return self.pieces.following(offset)
+
     def _pieces_of(self, index: int) -> Iterator[Piece]:
         """The pieces that have bytes in page ``index`` (an image may have 65534 of them)."""
         start, end = index * PAGE_SIZE, (index + 1) * PAGE_SIZE
-        at = bisect_right(self.pieces, start, key=lambda piece: piece.offset) - 1
+        at = self._following(start) - 1
         for n in range(max(at, 0), len(self.pieces)):
             piece = self.pieces[n]
             if piece.offset >= end:
@@ -269,6 +285,8 @@ class LaunchPlan:
         data: the image's bytes (for its SHA-256 in the log header).
         memory: guest RAM, sorted by GPA.
         steps: page ranges in launch order.
+        shared: memory that is shared with the host from the start, with these bytes; it is
+            not launched.
         vcpus: wanted initial state of each vCPU, in creation order; what it starts with in
             mode sync.
         vmsa_mode: who makes the VMSAs; in mode sync no step is one.
@@ -319,6 +337,7 @@ class LaunchPlan:
     as_given: bool = False
     vmsa_gpa: int = SYNC_VMSA_GPA
     start_digest: bytes = bytes(DIGEST_SIZE)
+    shared: tuple[PageRange, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse parts that don't fit together."""
@@ -331,8 +350,8 @@ class LaunchPlan:
             )
         check_identity(self.host_data, self.id_block, self.id_auth)
         _check_regions(self.memory)
-        _check_overlaps(self.steps)
-        for step in self.steps:
+        _check_overlaps((*self.steps, *self.shared))
+        for step in (*self.steps, *self.shared):
             if not (self.forced and step.type is PageType.VMSA):
                 _check_inside(step, self.memory)
         _check_bindings(self)

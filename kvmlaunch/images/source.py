@@ -111,13 +111,15 @@ def _no_copy(name: str, error: OSError) -> ImageError:
     return ImageError(name, f"can't be copied to the folder for temporary files: {reason}")
 
 
-def forget(data: memoryview) -> None:
-    """Give back the memory of the mapped file that ``data`` is a view of, if it is one.
+def forget(data: memoryview) -> bool:
+    """Give back the memory of the mapped file that ``data`` is a view of; False if it is none.
 
     Its bytes come from the file again where they are read again.
     """
-    if isinstance(data.obj, _FileMap):
-        data.obj.madvise(mmap.MADV_DONTNEED)
+    if not isinstance(data.obj, _FileMap):
+        return False
+    data.obj.madvise(mmap.MADV_DONTNEED)
+    return True
 
 
 class ViewStream(io.RawIOBase):

@@ -75,7 +75,7 @@ def _open(blob: Blob) -> ImageSource:
 
 def _start(eip: int, options: PlanOptions, vmm: VmmProfile) -> Vmsa:
     """The state of every vCPU: what isn't named here is as after the VMM's reset."""
-    reset = vmm.bsp.at(eip, signature=options.signature, sev_features=options.sev_features)
+    reset = vmm.bsp.at(eip, signature=options.signature, sev_features=options.features)
     buggy = options.compat == "sev-snp-measure"
     return reset.replace(
         cs=_CODE,

@@ -120,6 +120,7 @@ class Guest:
             self.vm = self._create_vm(stack, ghcb_version)
             for slot, region in enumerate(plan.memory):
                 self._add_memory(stack, slot, region)
+            self._share()
             if plan.apic:
                 self.vm.split_irqchip()
             self._add_vcpus(stack)
@@ -174,6 +175,13 @@ class Guest:
         else:
             self.vm.set_user_memory_region(slot, region.gpa, region.size, memory.address)
         self._backing.append(_Backing(region, memory, memfd))
+
+    def _share(self) -> None:
+        for part in self.plan.shared:
+            if self.plan.confidential:
+                self.vm.set_memory_attributes(part.gpa, part.size, private=False)
+            for piece in part.pieces:
+                self.memory_view(part.gpa + piece.offset, len(piece.data))[:] = piece.data
 
     def _add_vcpus(self, stack: ExitStack) -> None:
         supported = self.kvm.supported_cpuid()

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _RECORD_PAGES = 512  # whose records exist at a time
+_FAULT_PAGES = 128  # for each place: where one page is touched, the kernel maps up to 2 MiB
 _CHUNK_PAGES = 2048  # hashed in one go: what of a mapped file is in memory at a time
 
 
@@ -112,9 +113,8 @@ class Predictor:
                 npages = len(data) // PAGE_SIZE
                 yield first, data, npages
                 first += npages
-                self._unforgotten += npages
-                if self._unforgotten >= _CHUNK_PAGES:
-                    forget(data)
+                self._unforgotten += max(npages, _FAULT_PAGES)
+                if self._unforgotten >= _CHUNK_PAGES and forget(data):
                     self._unforgotten = 0
 
     def _add(

@@ -93,7 +93,7 @@ IMAGES = {
         ovmf(metadata=metadata_bytes(AMDSEV_SECTIONS, version=2)),
         f"offset {0x4000 - METADATA_FROM_END + 8:#x}: SEV metadata version 2 is not 1",
     ),
-    "igvm": (b"IGVM" + bytes(100), "IGVM files can't be launched yet"),
+    "igvm": (b"IGVM" + bytes(100), "offset 0x4: format version 0 is neither 1 nor 2"),
     "linux": (bytes(0x1FE) + b"\x55\xaa\0\0HdrS" + bytes(512), "Linux kernels (bzImage) can't be"),
 }
 
@@ -190,8 +190,9 @@ def test_image_with_a_name_in_no_encoding_is_refused_by_that_name(cli: Cli, tmp_
         (("--vcpu-type", "EPYC-Rom"), "unknown CPU type 'EPYC-Rom'; near to it: EPYC-Rome, "),
         (("--vmm-type", "ec3"), "unknown VMM 'ec3'; near to it: ec2; known are QEMU, "),
         (("--vmm-type", "ec2"), "a VMM profile is for OVMF firmware, this image is flat"),
-        (("--igvm", "x.igvm"), "--igvm: IGVM files can't be launched yet"),
-        (("--ovmf", "OVMF.fd"), "name one image: IMAGE, or --ovmf FILE"),
+        (("--native-zero",), "ZERO for pages without data is for IGVM files, this image is flat"),
+        (("--igvm", "x.igvm"), "name one image: IMAGE, --ovmf FILE, or --igvm FILE"),
+        (("--ovmf", "OVMF.fd"), "name one image: IMAGE, --ovmf FILE, or --igvm FILE"),
         (("--image-type", "ovmf"), "firmware of 0x1 bytes: the size must be a multiple of 4 KiB"),
         (("--image-type", "elf"), "not an ELF file: it doesn't begin with 7f 45 4c 46"),
     ],
@@ -205,7 +206,7 @@ def test_option_out_of_its_range_is_refused_with_its_rule(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_image_is_refused(cli: Cli, command: str) -> None:
-    assert refused(cli(command)) == "name one image: IMAGE, or --ovmf FILE"
+    assert refused(cli(command)) == "name one image: IMAGE, --ovmf FILE, or --igvm FILE"
 
 
 def test_ovmf_with_another_image_type_is_refused(cli: Cli, halt: Path) -> None:

@@ -12,7 +12,7 @@ from kvmlaunch.images import PlanOptions
 
 def test_options_when_nothing_chosen_are_those_of_a_small_snp_guest() -> None:
     options = PlanOptions()
-    assert (options.vcpus, options.policy, options.sev_features) == (1, 0x30000, 1)
+    assert (options.vcpus, options.policy, options.features) == (1, None, 1)
     assert (options.signature, options.confidential, options.cbitpos) == (0x800F12, True, None)
     assert [(r.gpa, r.size) for r in options.ram()] == [(0, 256 << 20)]
 

@@ -1,0 +1,5 @@
+"""IGVM files: parsed, planned, built."""
+
+from kvmlaunch.images.igvm.plan import load
+
+__all__ = ["load"]

@@ -16,7 +16,7 @@ __all__ = ["run_command"]
 
 _COMMANDS = (
     *("run", "measure", "inspect", "verify", "bisect"),
-    *("id-block", "report", "selftest"),
+    *("igvm", "id-block", "report", "selftest"),
 )
 
 _EPILOG = """\

@@ -1,0 +1,89 @@
+"""IGVM files written whole, and signed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kvmlaunch.abi.idblock import IdBlock
+from kvmlaunch.abi.page import PageType
+from kvmlaunch.errors import KvmLaunchError
+from kvmlaunch.images import LaunchPlan
+from kvmlaunch.images.igvm.build import ParameterChoice, build
+from kvmlaunch.launch.idblock_sign import load_key, sign_id_block
+from kvmlaunch.launch.measure import measure
+
+__all__ = ["describe_change", "sign_plan", "write_igvm"]
+
+_MODE = 0o666
+
+
+def sign_plan(
+    plan: LaunchPlan, block: IdBlock, id_key: str, author_key: str | None = None
+) -> LaunchPlan:
+    """The plan with this ID block, signed by the keys of PEM files. Raises ImageError."""
+    author = None if author_key is None else load_key(author_key)
+    auth = sign_id_block(block, load_key(id_key), author)
+    return replace(
+        plan,
+        id_block=block.encode(),
+        id_auth=auth.encode(),
+        author_key_enabled=author is not None,
+    )
+
+
+def describe_change(plan: LaunchPlan, made: LaunchPlan) -> Iterator[str]:
+    """What the file's launch has otherwise than the image's, a sentence each."""
+    before, after = measure(plan).digest, measure(made).digest
+    if before == after:
+        return
+    yield f"the image's launch digest is {before.hex()}, the file's {after.hex()}:"
+    pages = {
+        name: sum(step.npages for step in steps if step.type is PageType.ZERO)
+        for name, steps in (("image", plan.steps), ("file", made.steps))
+    }
+    if pages["image"] != pages["file"]:
+        yield f"  IGVM has no pages of type ZERO: {pages['image']} become NORMAL (--native-zero)"
+    if areas := len(made.steps) - len(plan.steps):
+        yield f"  parameter areas: {areas}"
+
+
+def write_igvm(
+    path: str,
+    plan: LaunchPlan,
+    areas: Sequence[ParameterChoice] = (),
+    *,
+    version: int = 1,
+    native_zero: bool = False,
+) -> int:
+    """Write the file of a plan from `for_igvm`, completely or not at all; returns its bytes.
+
+    Raises FormatError for what no file can hold, and KvmLaunchError where it can't be written.
+    """
+    return _write_whole(path, build(plan, areas, version=version, native_zero=native_zero))
+
+
+def _write_whole(path: str, parts: Iterable[bytes | memoryview]) -> int:
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        raise KvmLaunchError(f"{path}: is not a file")
+    size, written = 0, ""
+    try:
+        descriptor, written = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with open(descriptor, "wb") as file:
+            for part in parts:
+                size += file.write(part)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(written, _MODE & ~mask)
+        os.replace(written, target)
+    except OSError as error:
+        raise KvmLaunchError(f"{path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(written)  # there only if something went wrong
+    return size

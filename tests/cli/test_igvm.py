@@ -1,0 +1,551 @@
+"""IGVM files on the command line: built, shown, measured, checked and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.cli.command import Cli, page_events
+from tests.guests import HALT
+from tests.images import igvm_files as f
+
+SIM = ("run", "--platform", "sim")
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    """An ID key and an author key, as PEM."""
+    paths = tmp_path / "id.pem", tmp_path / "author.pem"
+    for path in paths:
+        key = ec.generate_private_key(ec.SECP384R1())
+        path.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+    return paths
+
+
+def write(path: Path, *headers: f.Header, data: bytes = b"") -> Path:
+    path.write_bytes(f.igvm([f.platform(), *headers], data))
+    return path
+
+
+@pytest.fixture
+def halting(tmp_path: Path) -> Path:
+    """An IGVM file of one page with HLT whose VMSA is measured before it, at a GPA of its own."""
+    data = HALT.ljust(4096, b"\0") + f.vmsa()
+    headers = (f.policy(0xB0000), f.context(0x5000, 0x1000), f.page(0x1000, 0))
+    return write(tmp_path / "halt.igvm", *headers, data=data)
+
+
+def digest(cli: Cli, *args: object) -> str:
+    done = cli("-q", "measure", *args)
+    assert (done.code, done.err) == (0, "")
+    return done.out.strip()
+
+
+def shown(cli: Cli, *args: object) -> dict[str, Any]:
+    done = cli("igvm", "show", "--json", *args)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["schema"] == "kvmlaunch.igvm/1"
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_igvm_when_an_image_goes_all_the_way_has_one_digest(
+    cli: Cli, halt: Path, tmp_path: Path, version: int
+) -> None:
+    file, log = tmp_path / "halt.igvm", tmp_path / "log.jsonl"
+    options = ("--vmsa-mode", "direct", "--vcpus", 2, "--vmsa-gpa", "0x9000")
+    image = digest(cli, *options, halt)
+    built = cli("igvm", "build", *options, halt, "-o", file, "--igvm-version", version)
+    assert (built.code, built.out) == (0, f"{image}\n")
+    found = shown(cli, file)
+    assert found["version"] == version
+    assert found["digests"][0] == {"order": "file", "digest": image, "why": []}
+    assert digest(cli, "--igvm", file) == digest(cli, "--igvm", file, "--order", "file") == image
+    assert digest(cli, file) == image
+    done = cli(*SIM, "--vcpus", 2, "--igvm", file, "--log", log)
+    assert done.code == 0
+    assert f"launch digest {image}" in done.err.splitlines()
+    assert page_events(log)[-1]["digest"] == image
+
+
+def test_run_when_the_vmsa_is_before_the_pages_gives_the_files_digest(
+    cli: Cli, halting: Path
+) -> None:
+    file_order = digest(cli, "--order", "file", halting)
+    for mode in ("direct", "page"):
+        done = cli(*SIM, "--vmsa-mode", mode, halting)
+        assert done.code == 0
+        assert f"launch digest {file_order}" in done.err.splitlines()
+        assert "policy 0xb0000" in done.err
+    assert digest(cli, "--order", "kvm", halting) != file_order
+
+
+def test_run_when_the_kernel_makes_the_vmsas_refuses_or_names_what_changes(
+    cli: Cli, halting: Path
+) -> None:
+    refused = cli(*SIM, "--sim", "6.12", halting)
+    assert (refused.code, refused.out) == (1, "")
+    assert "the launch digest changes from" in refused.err
+    done = cli(*SIM, "--sim", "6.12", "--allow-digest-change", halting)
+    assert done.code == 0
+    kvm = digest(cli, "--order", "kvm", halting)
+    assert f"launch digest {kvm}" in done.err.splitlines()
+    assert digest(cli, "--vmsa-mode", "sync", halting) == kvm
+
+
+@pytest.mark.parametrize("vcpus", [1, 4])
+def test_run_when_one_id_block_is_for_any_number_of_vcpus_is_confirmed(
+    cli: Cli, halt: Path, tmp_path: Path, keys: tuple[Path, Path], vcpus: int
+) -> None:
+    file = tmp_path / "signed.igvm"
+    id_key, author_key = keys
+    built = cli(
+        *("igvm", "build", "--vmsa-mode", "direct", halt, "-o", file, "--id-key", id_key),
+        *("--author-key", author_key, "--guest-svn", 7, "--family-id", "0xabcd"),
+    )
+    assert built.code == 0, built.err
+    (block,) = (row for row in shown(cli, file)["headers"] if row["type"] == "SNP_ID_BLOCK")
+    assert (block["ld"], block["guest_svn"]) == (built.out.strip(), 7)
+    assert block["family_id"] == "abcd".ljust(32, "0")
+    assert cli(*SIM, "--vcpus", vcpus, file).code == 0
+    # Another policy than the signed one, and another digest.
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    done = cli(*SIM, "--vcpus", vcpus, file)
+    assert done.code == 1
+    assert "'Bad measurement'" in done.errors[0]
+
+
+def test_run_when_the_command_line_contradicts_the_file_shows_both(cli: Cli, halting: Path) -> None:
+    for command in ("run", "measure", "inspect"):
+        done = cli(command, "--policy", "0x30000", halting)
+        assert (done.code, done.out) == (2, "")
+        assert "the policy is 0xb0000, but --policy says 0x30000" in done.errors[0]
+
+
+def test_run_when_the_guest_reads_parameters_gets_the_launch_at_hand(
+    cli: Cli, tmp_path: Path
+) -> None:
+    # mov al,[0x3000]; movzx eax,al; shl eax,16; or ax,0x100; xor edx,edx; mov ecx,0xc0010130;
+    # wrmsr; vmgexit: a termination request by the GHCB MSR protocol with the count as its code.
+    code = bytes.fromhex("a00030 660fb6c0 66c1e010 0d0001 6631d2 66b9300101c0 0f30 f30f01d9")
+    headers = (
+        *(f.area(0), f.parameter(0x307, 0), f.insert(0x3000, 0), f.page(0x1000, 0)),
+        f.context(0x5000, 0x1000),
+    )
+    file = write(tmp_path / "count.igvm", *headers, data=code.ljust(4096, b"\0") + f.vmsa())
+    for vcpus in (3, 4):
+        done = cli(*SIM, "--vcpus", vcpus, file)
+        assert (done.code, f"code {vcpus} " in done.errors[0]) == (1, True), done.errors
+    assert digest(cli, "--vcpus", 3, file) == digest(cli, "--vcpus", 4, file)
+
+
+def test_run_when_a_page_is_shared_with_its_bytes_launches_it_not(cli: Cli, tmp_path: Path) -> None:
+    headers = (
+        *(f.page(0x1000, 0), f.page(0x6000, 0, flags=4), f.error_range(0x8000, 0x1000)),
+        f.context(0x5000, 0x1000),
+    )
+    file = write(tmp_path / "shared.igvm", *headers, data=HALT.ljust(4096, b"\0") + f.vmsa())
+    done = cli(*SIM, file)
+    assert done.code == 0
+    assert f"launched {file}: 2 pages measured" in done.err
+    text = cli("inspect", file).out
+    assert re.search(
+        r"0x000000006000\.\.0x000000007000 +1 shared \(shared\.igvm header\[2\]\)", text
+    )
+    shared = json.loads(cli("inspect", "--json", file).out)["shared"]
+    assert [(part["gpa"], part["label"]) for part in shared] == [
+        ("0x6000", "shared"),
+        ("0x8000", "error-range"),
+    ]
+
+
+def test_show_when_orders_differ_says_which_header_is_why(cli: Cli, tmp_path: Path) -> None:
+    headers = (
+        *(f.area(0), f.page(0x1000, 0), f.insert(0x10000, 0), f.context(0x5000, 0x1000)),
+        f.page(0x2000, 0),
+    )
+    file = write(tmp_path / "orders.igvm", *headers, data=f.pattern(1) + f.vmsa())
+    orders = shown(cli, file)["digests"]
+    assert [order["order"] for order in orders] == ["file", "kvm", "qemu"]
+    assert len({order["digest"] for order in orders}) == 3
+    for order in orders:
+        assert digest(cli, "--order", order["order"], file) == order["digest"]
+    gpa = "header 4 (VP_CONTEXT) is measured at GPA 0x5000, but KVM measures every VMSA at "
+    last = "header 4 (VP_CONTEXT) is before the pages of header 5, but KVM measures VMSAs last"
+    insert = (
+        "header 3 (PARAMETER_INSERT) is measured before the pages of header 2, which QEMU keeps "
+        "back until the next page"
+    )
+    assert orders[0]["why"] == []
+    assert orders[1]["why"] == [f"{gpa}0xfffffffff000", last]
+    assert orders[2]["why"] == [insert, f"{gpa}0xfffffffff000", last]
+    text = cli("igvm", "show", file).out
+    for line in (f"file  {orders[0]['digest']}", f"      {insert}"):
+        assert line in text.splitlines()
+
+
+def test_show_when_fields_are_lost_or_vcpus_have_no_context_says_so(
+    cli: Cli, tmp_path: Path
+) -> None:
+    raw = bytearray(f.vmsa())
+    raw[0xCB] = 3  # cpl, which KVM takes from SS
+    file = write(tmp_path / "lost.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
+    (kvm,) = (
+        order for order in shown(cli, file, "--vcpus", 2)["digests"] if order["order"] == "kvm"
+    )
+    assert kvm["why"] == [
+        "vCPU 1 has no VP_CONTEXT, but KVM measures a VMSA of each vCPU",
+        "header 1 (VP_CONTEXT): KVM can't carry cpl (offset 0xcb): 0x3 != 0x0",
+    ]
+
+
+def test_show_when_kvm_would_refuse_the_state_has_no_digest_for_it(
+    cli: Cli, tmp_path: Path
+) -> None:
+    raw = bytearray(f.vmsa())
+    struct.pack_into("<Q", raw, 0x160, 0x401)  # dr7
+    file = write(tmp_path / "dr7.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
+    file_order, kvm, qemu = shown(cli, file)["digests"]
+    assert (bool(file_order["digest"]), kvm["digest"], qemu["digest"]) == (True, None, None)
+    assert "dr7 0x401 has bits besides 0x400" in kvm["why"][0]
+
+
+def test_show_when_contexts_are_all_at_kvms_gpa_has_one_digest(
+    cli: Cli, halt: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "sync.igvm"
+    assert cli("igvm", "build", "--vcpus", 3, halt, "-o", file).code == 0
+    orders = shown(cli, file)["digests"]
+    assert {order["digest"] for order in orders} == {digest(cli, "--vcpus", 3, halt)}
+    assert all(order["why"] == [] for order in orders)
+
+
+def test_show_text_has_a_line_for_each_run_of_pages(cli: Cli, tmp_path: Path) -> None:
+    headers = (
+        *(f.policy(), f.area(0), f.parameter(0x307, 0, 8), f.insert(0x9000, 0)),
+        *(f.page(0x1000 * n, 0) for n in range(1, 4)),
+        *(f.page(0x4000), (1 << 31 | 0x3FF, b"?")),
+    )
+    file = write(tmp_path / "rows.igvm", *headers, data=f.pattern(1))
+    lines = cli("igvm", "show", file).out.splitlines()
+    size = file.stat().st_size
+    assert lines[:2] == [
+        f"{file}: IGVM version 1, {size} bytes",
+        "platform type=SEV_SNP mask=0x1 highest_vtl=0 shared_gpa_boundary=0x0",
+    ]
+    rows = [re.sub(r" +", " ", line).strip() for line in lines[2:9]]
+    base = size - 4096
+    assert rows == [
+        "1 0x30 GUEST_POLICY mask=0x1 policy=0x30000",
+        "2 0x48 PARAMETER_AREA number_of_bytes=0x1000 area=0",
+        "3 0x60 VP_COUNT_PARAMETER area=0 byte_offset=0x8",
+        "4 0x70 PARAMETER_INSERT mask=0x1 gpa=0x9000 area=0",
+        "5..7 0x88 PAGE_DATA mask=0x1 gpa=0x1000 size=0x3000 data_type=NORMAL "
+        f"file_offset={base:#x}",
+        "8 0xe8 PAGE_DATA mask=0x1 gpa=0x4000 size=0x1000 data_type=NORMAL",
+        "skipped: 1 headers of unknown optional types",
+    ]
+
+
+def test_measure_when_pages_have_no_data_may_read_them_as_zero(cli: Cli, tmp_path: Path) -> None:
+    file = write(tmp_path / "zero.igvm", f.page(0x1000), data=bytes(8))
+    assert digest(cli, file) != digest(cli, "--native-zero", file)
+    assert shown(cli, file, "--native-zero")["digests"][0]["digest"] == digest(
+        cli, "--native-zero", file
+    )
+
+
+def test_build_when_zero_pages_become_normal_says_so(
+    cli: Cli, guests: Path, tmp_path: Path
+) -> None:
+    file, options = tmp_path / "hello.igvm", ("--vmsa-mode", "direct", guests / "hello.elf")
+    done = cli("igvm", "build", *options, "-o", file)
+    assert done.code == 0
+    assert re.search(r"IGVM has no pages of type ZERO: [0-9]+ become NORMAL", done.err)
+    assert done.out.strip() == digest(cli, file) != digest(cli, *options)
+    native = cli("igvm", "build", "--native-zero", *options, "-o", file)
+    assert "ZERO" not in native.err
+    assert native.out.strip() == digest(cli, "--native-zero", file) == digest(cli, *options)
+    assert cli(*SIM, "--native-zero", file).out.startswith("hello from a kvmlaunch guest\n")
+
+
+def test_build_when_parameters_are_asked_for_has_them(cli: Cli, halt: Path, tmp_path: Path) -> None:
+    file = tmp_path / "parameters.igvm"
+    values = "vp-count,memory-map,madt@0x80000"
+    assert cli("igvm", "build", halt, "-o", file, "--parameters", values).code == 0
+    kinds = [row["type"] for row in shown(cli, file)["headers"]]
+    assert kinds[1:6] == [
+        *("PARAMETER_AREA", "VP_COUNT_PARAMETER", "MEMORY_MAP", "MADT", "PARAMETER_INSERT")
+    ]
+
+
+BAD_BUILD: dict[str, tuple[tuple[object, ...], str]] = {
+    "parameter-name": (("--parameters", "cpus@0x1000"), "no value is named 'cpus'; vp-count, "),
+    "parameter-gpa": (("--parameters", "madt"), "--parameters madt: not KIND[,KIND...]@GPA"),
+    "parameter-overlap": (("--parameters", "madt@0x1000"), "overlaps"),
+    "author-alone": (("--author-key", "x.pem"), "--author-key signs the ID key"),
+    "no-key": (("--id-key", "/nonexistent.pem"), "/nonexistent.pem: can't be read"),
+    "family": (("--id-key", "x", "--family-id", "0x" + "00" * 17), "--family-id has 17 bytes"),
+    "not-hex": (("--id-key", "x", "--image-id", "gg"), "--image-id is not hex"),
+    "order": (("--vm-type", "plain"), "unrecognized arguments"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BUILD)
+def test_build_when_options_make_no_sense_writes_nothing(
+    cli: Cli, halt: Path, tmp_path: Path, name: str
+) -> None:
+    options, sentence = BAD_BUILD[name]
+    file = tmp_path / "bad.igvm"
+    done = cli("igvm", "build", halt, "-o", file, *options)
+    assert (done.code, done.out) == (2, "")
+    assert sentence in done.err
+    assert sorted(tmp_path.iterdir()) == [halt]
+
+
+@pytest.mark.parametrize("pem", [b"", b"junk", b"-----BEGIN PRIVATE KEY-----\nAAAA\n"])
+def test_build_when_the_key_is_none_is_refused(
+    cli: Cli, halt: Path, tmp_path: Path, pem: bytes
+) -> None:
+    key = tmp_path / "key.pem"
+    key.write_bytes(pem)
+    done = cli("igvm", "build", halt, "-o", tmp_path / "x.igvm", "--id-key", key)
+    assert done.code == 2
+    assert done.errors[0].endswith(f"{key}: is no PEM file with an unencrypted private key")
+
+
+def test_build_when_the_key_is_on_another_curve_is_refused(
+    cli: Cli, halt: Path, tmp_path: Path
+) -> None:
+    key = tmp_path / "key.pem"
+    private = ec.generate_private_key(ec.SECP256R1())
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    done = cli("igvm", "build", halt, "-o", tmp_path / "x.igvm", "--id-key", key)
+    assert (done.code, "has no key on curve P-384" in done.errors[0]) == (2, True)
+
+
+def test_build_when_the_output_is_the_image_is_refused(cli: Cli, halt: Path) -> None:
+    before = halt.read_bytes()
+    done = cli("igvm", "build", halt, "-o", halt)
+    assert done.code == 2
+    assert "would overwrite" in done.errors[0]
+    assert halt.read_bytes() == before
+
+
+def test_build_when_there_is_no_room_leaves_nothing_half_written(
+    cli: Cli, halt: Path, tmp_path: Path
+) -> None:
+    done = cli("igvm", "build", halt, "-o", tmp_path / "missing" / "x.igvm")
+    assert (done.code, len(done.errors)) == (1, 1)
+    done = cli("igvm", "build", halt, "-o", tmp_path)
+    assert done.code == 1
+    assert done.errors[0].endswith("is not a file")
+    full = cli("igvm", "build", halt, "-o", "/dev/full")
+    assert full.code == 1
+    assert sorted(tmp_path.iterdir()) == [halt]
+
+
+def test_build_when_a_file_is_there_replaces_it_with_the_usual_mode(
+    cli: Cli, halt: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.igvm"
+    file.write_bytes(b"old")
+    assert cli("igvm", "build", halt, "-o", file).code == 0
+    assert file.read_bytes()[:4] == b"IGVM"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+# check
+
+
+def checked(cli: Cli, *args: object) -> tuple[int, list[dict[str, Any]]]:
+    done = cli("igvm", "check", "--json", *args)
+    return done.code, json.loads(done.out)["findings"]
+
+
+def rules(findings: list[dict[str, Any]], *, refused: bool) -> list[tuple[str, str]]:
+    return [(found["by"], found["rule"]) for found in findings if found["refused"] is refused]
+
+
+def test_check_when_all_is_well_says_so(cli: Cli, tmp_path: Path) -> None:
+    headers = (f.policy(), f.page(0x1000, 0), f.context(f.KVM_GPA, 0x1000))
+    file = write(tmp_path / "well.igvm", *headers, data=f.pattern(1) + f.vmsa())
+    for profile in ("6.12", "7.0", "vmsa-page", "direct-vmsa"):
+        done = cli("igvm", "check", "--sim", profile, file)
+        assert (done.code, done.out) == (0, "nothing would be refused, and known loaders agree\n")
+
+
+def test_check_when_the_kernel_makes_the_vmsas_names_the_change(cli: Cli, halting: Path) -> None:
+    assert checked(cli, halting)[0] == 0
+    code, findings = checked(cli, "--sim", "6.12", halting)
+    assert code == 1
+    ((by, rule),) = rules(findings, refused=True)
+    assert (by, "the launch digest changes from" in rule) == ("kernel", True)
+
+
+BAD: dict[str, tuple[tuple[f.Header, ...], bytes, str, str]] = {
+    "format": ((f.page(0x1001),), b"", "kvmlaunch", "GPA 0x1001 is not aligned"),
+    "policy": ((f.policy(0),), bytes(8), "firmware", "POLICY_FAILURE: policy 0x0 has bit 17 clear"),
+    "vmpl": ((f.context(0x5000, 0),), f.vmsa(vmpl=1), "kernel", "vmpl is 1, but a guest starts"),
+    "2mib": ((f.context(0x200000, 0),), f.vmsa(), "kernel", "aligned to 2 MiB, where no vCPU"),
+    "features": (
+        (f.context(0x5000, 0),),
+        f.vmsa(sev_features=0x9),
+        "kernel",
+        "KVM_SEV_INIT2: SEV features 0x8 are not among the host's",
+    ),
+    "id-block-version": (
+        (f.policy(), (0x30B, b"\1" + bytes(695))),
+        bytes(8),
+        "firmware",
+        "INVALID_PARAM: the ID block's version is 0, not 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_check_when_a_launch_is_refused_names_who_and_by_which_rule(
+    cli: Cli, tmp_path: Path, name: str
+) -> None:
+    headers, data, by, rule = BAD[name]
+    code, findings = checked(cli, write(tmp_path / "bad.igvm", *headers, data=data))
+    assert code == 1
+    assert any(who == by and rule in what for who, what in rules(findings, refused=True))
+
+
+def test_check_when_the_id_block_is_wrong_names_the_status(
+    cli: Cli, halt: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    file = tmp_path / "signed.igvm"
+    options = ("--vmsa-mode", "direct", "--id-key", keys[0], "--author-key", keys[1])
+    assert cli("igvm", "build", *options, halt, "-o", file).code == 0
+    assert checked(cli, file)[0] == 0
+    whole = file.read_bytes()
+    (row,) = (row for row in shown(cli, file)["headers"] if row["type"] == "SNP_ID_BLOCK")
+    at = int(row["offset"], 16) + 8
+    for offset, status in ((8, "BAD_MEASUREMENT"), (104, "BAD_SIGNATURE"), (400, "BAD_SIGNATURE")):
+        raw = bytearray(whole)
+        raw[at + offset] ^= 1
+        file.write_bytes(with_checksum(bytes(raw)))
+        code, findings = checked(cli, file)
+        assert code == 1
+        assert any(status in rule for _, rule in rules(findings, refused=True)), status
+
+
+def with_checksum(image: bytes) -> bytes:
+    import zlib
+
+    offset, size = struct.unpack_from("<II", image, 8)
+    crc = zlib.crc32(image[:20] + bytes(4) + image[offset : offset + size])
+    return image[:20] + struct.pack("<I", crc) + image[24:]
+
+
+# What known loaders do: image-formats 1.3 to 1.12.
+WARNED: dict[str, tuple[tuple[f.Header, ...], str, str]] = {
+    "no-policy": ((f.page(0x1000, 0),), "OpenVMM and Microsoft's", "no GUEST_POLICY"),
+    "optional": (((1 << 31 | 0x3FF, b""),), "Microsoft's parser", "optional headers of unknown"),
+    "large": ((f.page(0x200000, flags=1),), "Microsoft's parser", "takes 4 KiB of a 2 MiB page"),
+    "shared": ((f.page(0x1000, 0, flags=4),), "igvmmeasure", "measures a shared page as NORMAL"),
+    "both": ((f.page(0x1000, 0, flags=6),), "the format", "both unmeasured and shared"),
+    "zero": ((f.page(0x1000),), "Cloud Hypervisor", "launches a page without data as ZERO"),
+    "cpuid-xf": ((f.page(0x1000, kind=3),), "OpenVMM on KVM", "CPUID_XF"),
+    "area-data": ((f.area(0, 0x1000, 0), f.insert(0x1000, 0)), "QEMU", "leaves out the area's"),
+    "area-size": ((f.area(0, 0x2000), f.insert(0x1000, 0)), "igvmmeasure", "only the first page"),
+    "slit": ((f.area(0), f.parameter(0x30F, 0), f.insert(0x1000, 0)), "QEMU", "(SLIT)"),
+    "map-offset": (
+        (f.area(0), f.parameter(0x30C, 0, 24), f.insert(0x1000, 0)),
+        "QEMU",
+        "writes it to the area's start instead of 0x18",
+    ),
+    "map": ((f.area(0), f.parameter(0x30C, 0), f.insert(0x1000, 0)), "guests", "validate again"),
+    "gpa": ((f.context(0x5000, 0x1000),), "QEMU", "a VMSA at GPA 0x5000, it wants 0xfffffffff000"),
+    "several": (
+        (f.context(0x5000, 0x1000), f.context(0x6000, 0x1000, 1)),
+        "OpenVMM (older ones)",
+        "header 2 (VP_CONTEXT): vCPU 1",
+    ),
+    "error-range": ((f.error_range(0x1000, 0x1000),), "QEMU", "(ERROR_RANGE)"),
+    "order": (
+        (f.area(0), f.page(0x1000, 0), f.insert(0x5000, 0)),
+        "QEMU",
+        "header 3 (PARAMETER_INSERT) is measured before header 2's pages",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_check_when_loaders_differ_warns_and_names_the_loader(
+    cli: Cli, tmp_path: Path, name: str
+) -> None:
+    headers, by, rule = WARNED[name]
+    data = f.pattern(1) + f.vmsa()
+    code, findings = checked(cli, write(tmp_path / "file.igvm", *headers, data=data))
+    assert code == 0
+    assert any(who.startswith(by) and rule in what for who, what in rules(findings, refused=False))
+
+
+def test_check_when_the_platform_header_is_for_more_warns(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "vtl.igvm"
+    path.write_bytes(f.igvm([f.platform(vtl=2, border=1 << 40), f.policy()], b""))
+    code, findings = checked(cli, path)
+    assert code == 0
+    assert [rule for _, rule in rules(findings, refused=False)] == [
+        "doesn't take a file without data",
+        "doesn't take highest VTL 2, it takes 0",
+        "doesn't take shared GPA boundary 0x10000000000, it takes 0",
+    ]
+
+
+def test_check_when_the_host_is_real_asks_it(cli: Cli, halting: Path, no_snp_here: None) -> None:
+    done = cli("igvm", "check", "--platform", "kvm", halting)
+    assert (done.code, done.out) == (4, "")
+
+
+@pytest.fixture
+def no_snp_here() -> None:
+    """Skips where there is a real SNP host, which would answer."""
+    if Path("/dev/sev").exists():
+        pytest.skip("this machine has /dev/sev")
+
+
+def test_igvm_without_a_way_is_a_usage_error(cli: Cli) -> None:
+    assert cli("igvm").code == 2
+
+
+def test_show_when_stdout_is_closed_ends_quietly(halting: Path) -> None:
+    from tests.cli.command import command
+
+    pipe = subprocess.run(
+        f"{' '.join(command('igvm', 'show', halting))} | head -c 1",
+        shell=True,
+        capture_output=True,
+        timeout=30,
+        check=True,
+    )
+    assert pipe.stderr == b""

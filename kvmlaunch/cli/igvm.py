@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from kvmlaunch.abi.idblock import IdBlock
+from kvmlaunch.cli.key_options import Identity, add_identity_options, add_key_options
 from kvmlaunch.cli.options import (
     add_image_options,
     add_launch_options,
@@ -18,7 +17,7 @@ from kvmlaunch.cli.options import (
 from kvmlaunch.cli.talk import DONE, FAILED, Talk
 from kvmlaunch.cli.vmsa_options import add_proposal_option, as_asked, proposal_from
 from kvmlaunch.errors import FormatError
-from kvmlaunch.images import LaunchPlan, PlanOptions, open_image
+from kvmlaunch.images import PlanOptions, open_image
 
 if TYPE_CHECKING:
     from kvmlaunch.images.igvm.build import ParameterChoice
@@ -128,16 +127,13 @@ def _add_build(ways: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         dest="keep_zero",
         help="pages of type ZERO stay what --native-zero reads (else they become NORMAL)",
     )
-    group.add_argument("--id-key", metavar="PEM", help="P-384 key: sign an ID block for the file")
-    group.add_argument("--author-key", metavar="PEM", help="P-384 key that signs the ID key")
-    group.add_argument("--family-id", metavar="HEX", help="16 bytes for the ID block")
-    group.add_argument("--image-id", metavar="HEX", help="16 bytes for the ID block")
-    group.add_argument("--guest-svn", type=number, default=0, metavar="N", help="default: 0")
+    add_key_options(group)
+    add_identity_options(group)
     build.set_defaults(command=_build)
 
 
 def _options(args: argparse.Namespace, file: IgvmFile) -> PlanOptions:
-    from kvmlaunch.images.igvm.plan import vcpus_of
+    from kvmlaunch.images.igvm.directives import vcpus_of
 
     return PlanOptions(
         vcpus=vcpus_of(file) if args.vcpus is None else args.vcpus,
@@ -149,7 +145,7 @@ def _options(args: argparse.Namespace, file: IgvmFile) -> PlanOptions:
 
 def _show(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.images.igvm.parse import parse
-    from kvmlaunch.images.igvm.show import describe_file, rows
+    from kvmlaunch.images.igvm.show import describe_file, rows, table
     from kvmlaunch.launch.igvm_orders import order_digests
 
     file = parse(open_image(args.file))
@@ -175,7 +171,7 @@ def _show(args: argparse.Namespace, talk: Talk) -> int:
     print(f"{args.file}: IGVM version {about['version']}, {about['file_size']} bytes")
     for platform in about["platforms"]:
         print("platform", " ".join(f"{name}={value}" for name, value in platform.items()))
-    for line in _table(rows(file)):
+    for line in table(rows(file)):
         print(line)
     if about["skipped"]:
         print(f"skipped: {about['skipped']} headers of unknown optional types")
@@ -185,26 +181,6 @@ def _show(args: argparse.Namespace, talk: Talk) -> int:
         for why in order.why:
             print(f"      {why}")
     return DONE
-
-
-def _table(found: Iterable[dict[str, Any]]) -> Iterator[str]:
-    for row in found:
-        shown = [
-            f"{name}={_short(value)}"
-            for name, value in row.items()
-            if name not in ("header", "headers", "offset", "type") and value not in ([], "0x0", "")
-        ]
-        last = row["header"] + row.get("headers", 1) - 1
-        which = f"{row['header']}" if last == row["header"] else f"{row['header']}..{last}"
-        line = f"{which:>9} {row['offset']:>10} {row['type']:<20} {' '.join(shown)}"
-        yield line.rstrip()
-
-
-def _short(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(str(part) for part in value)
-    text = str(value)
-    return text if len(text) <= 96 else f"{text[:16]}..."
 
 
 def _check(args: argparse.Namespace, talk: Talk) -> int:
@@ -234,24 +210,21 @@ def _check(args: argparse.Namespace, talk: Talk) -> int:
 
 def _build(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.images.igvm.build import for_igvm
-    from kvmlaunch.launch.igvm_build import describe_change, sign_plan, write_igvm
+    from kvmlaunch.launch.igvm_build import describe_change, write_igvm
     from kvmlaunch.launch.measure import measure
 
+    identity = Identity(args)
     plan = as_asked(plan_from(args), args, talk)
     areas = tuple(_area(text) for text in args.parameters)
     made = for_igvm(plan, areas, native_zero=args.keep_zero, command_line=args.command_line)
-    digest = measure(made).digest
-    if args.id_key is not None:
-        made = sign_plan(made, _id_block(args, made, digest), args.id_key, args.author_key)
-    elif args.author_key is not None:
-        raise FormatError("--author-key signs the ID key: give --id-key as well")
+    made = identity.sign(made)
     written = write_igvm(
         args.output, made, areas, version=args.igvm_version, native_zero=args.keep_zero
     )
     talk.say(f"{args.output}: {written} bytes")
     for line in describe_change(plan, made):
         talk.say(line)
-    print(digest.hex())
+    print(measure(made).digest.hex())
     return DONE
 
 
@@ -268,25 +241,3 @@ def _area(text: str) -> ParameterChoice:
     except ValueError:
         raise FormatError(f"--parameters {text}: not KIND[,KIND...]@GPA") from None
     return ParameterChoice(address, tuple(HeaderType[_KINDS[name]] for name in names))
-
-
-def _id_block(args: argparse.Namespace, plan: LaunchPlan, digest: bytes) -> IdBlock:
-    if plan.id_block is not None:
-        raise FormatError("--id-key makes an ID block, --id-block brings one: give one of them")
-    return IdBlock(
-        ld=digest,
-        family_id=_id("--family-id", args.family_id),
-        image_id=_id("--image-id", args.image_id),
-        guest_svn=args.guest_svn,
-        policy=plan.policy,
-    )
-
-
-def _id(option: str, text: str | None) -> bytes:
-    try:
-        raw = bytes.fromhex((text or "").removeprefix("0x"))
-    except ValueError:
-        raise FormatError(f"{option} is not hex") from None
-    if len(raw) > 16:
-        raise FormatError(f"{option} has {len(raw)} bytes, there are 16")
-    return raw.ljust(16, b"\0")

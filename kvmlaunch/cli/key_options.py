@@ -106,6 +106,10 @@ class Identity:
         """The plan with an ID block for its predicted digest, where there is an ID key."""
         if self._id_key is None:
             return plan
+        if plan.id_block is not None:
+            raise FormatError(
+                f"--id-key makes an ID block, but {plan.image} has one: {plan.id_block.hex()}"
+            )
         from kvmlaunch.abi.idblock import IdBlock
         from kvmlaunch.abi.idblock_sign import sign_id_block
         from kvmlaunch.launch.measure import measure

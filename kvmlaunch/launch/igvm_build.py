@@ -1,4 +1,4 @@
-"""IGVM files written whole, and signed."""
+"""IGVM files written whole."""
 
 from __future__ import annotations
 
@@ -6,34 +6,17 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from kvmlaunch.abi.idblock import IdBlock
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.images.igvm.build import ParameterChoice, build
-from kvmlaunch.launch.idblock_sign import load_key, sign_id_block
 from kvmlaunch.launch.measure import measure
 
-__all__ = ["describe_change", "sign_plan", "write_igvm"]
+__all__ = ["describe_change", "write_igvm"]
 
 _MODE = 0o666
-
-
-def sign_plan(
-    plan: LaunchPlan, block: IdBlock, id_key: str, author_key: str | None = None
-) -> LaunchPlan:
-    """The plan with this ID block, signed by the keys of PEM files. Raises ImageError."""
-    author = None if author_key is None else load_key(author_key)
-    auth = sign_id_block(block, load_key(id_key), author)
-    return replace(
-        plan,
-        id_block=block.encode(),
-        id_auth=auth.encode(),
-        author_key_enabled=author is not None,
-    )
 
 
 def describe_change(plan: LaunchPlan, made: LaunchPlan) -> Iterator[str]:

@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvmlaunch.abi.idblock import ALGO_ECDSA_P384_SHA384, IdAuth, IdBlock
+from kvmlaunch.abi.idblock_sign import check_signatures
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.abi.policy import GuestPolicy
 from kvmlaunch.errors import FormatError, KvmLaunchError
 from kvmlaunch.images import ImageSource, LaunchPlan, PlanOptions
 from kvmlaunch.images.igvm import format as fmt
+from kvmlaunch.images.igvm.directives import walk
 from kvmlaunch.images.igvm.format import DataType, HeaderType, PageFlag, PlatformType
 from kvmlaunch.images.igvm.parse import IgvmFile, Item, parse
-from kvmlaunch.images.igvm.plan import plan_of, walk
+from kvmlaunch.images.igvm.plan import plan_of
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
 from kvmlaunch.images.vmsas import check_vmsas
 from kvmlaunch.kvm import Kvm
 from kvmlaunch.launch.guest import Guest
-from kvmlaunch.launch.idblock_sign import why_unsigned
 from kvmlaunch.launch.igvm_orders import overtakers
 from kvmlaunch.launch.measure import measure
 from kvmlaunch.launch.vmsa_mode import settle_vmsa_mode
@@ -94,8 +95,9 @@ def _id_block(plan: LaunchPlan, raw_block: bytes, raw_auth: bytes) -> Iterator[F
     if any(algorithm != ALGO_ECDSA_P384_SHA384 for algorithm in algorithms):
         rule = f"SNP_LAUNCH_FINISH, INVALID_PARAM: key algorithms {algorithms} are not all 1"
         yield Finding(True, "firmware", rule)
-    elif why := why_unsigned(block, auth, author_key_enabled=plan.author_key_enabled):
-        yield Finding(True, "firmware", f"SNP_LAUNCH_FINISH, BAD_SIGNATURE: {why}")
+        return
+    for wrong in check_signatures(block, auth, author=plan.author_key_enabled):
+        yield Finding(True, "firmware", f"SNP_LAUNCH_FINISH, BAD_SIGNATURE: {wrong}")
 
 
 def _host(plan: LaunchPlan, platform: Platform, proposal: Proposal | None) -> Iterator[Finding]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmsaMode, to_sync
+from kvmlaunch.images.igvm.directives import Directives, walk
 from kvmlaunch.images.igvm.parse import IgvmFile
-from kvmlaunch.images.igvm.plan import Directives, plan_of, walk
+from kvmlaunch.images.igvm.plan import plan_of
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
 from kvmlaunch.launch.measure import Predictor, finish_records
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 SNP, TDX, VBS, NATIVE = 2, 3, 1, 0
@@ -145,3 +146,24 @@ def vmsa(**fields: int) -> bytes:
 def pattern(seed: int) -> bytes:
     """A page that no other seed has."""
     return bytes((n * 3 + seed * 31 + 1) & 0xFF for n in range(4096))
+
+
+def framed(kind: int, raw: bytes) -> bytes:
+    """A header with its type and length."""
+    return struct.pack("<II", kind, len(raw)) + raw + bytes(-len(raw) % 8)
+
+
+def write_large(path: Path, pages: int) -> None:
+    """An IGVM file of so many pages, no two alike."""
+    start = igvm([platform()])[24:]
+    base = 24 + len(start) + 32 * pages
+    head = struct.pack("<IIIIII", 0x4D564749, 1, 24, base - 24, base + pages * 4096, 0)
+    body = start + b"".join(
+        framed(0x302, struct.pack("<QIIIHH", (256 + n) * 4096, 1, base + n * 4096, 0, 0, 0))
+        for n in range(pages)
+    )
+    crc = zlib.crc32(body, zlib.crc32(head))
+    with path.open("wb") as file:
+        file.write(head[:20] + struct.pack("<I", crc) + body)
+        for n in range(pages):
+            file.write(n.to_bytes(4, "little") * 1024)

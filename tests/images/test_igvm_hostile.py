@@ -160,13 +160,9 @@ def many(count: int, make: bytes) -> bytes:
     return with_checksum(head + body + bytes(4096))
 
 
-def framed(kind: int, raw: bytes) -> bytes:
-    return struct.pack("<II", kind, len(raw)) + raw + bytes(-len(raw) % 8)
-
-
 def test_load_when_there_are_many_ranges_takes_little_memory(tmp_path: Path) -> None:
     pages = b"".join(
-        framed(0x302, struct.pack("<QIIIHH", n * 0x2000, 1, 0, 0, 0, 0)) for n in range(100_000)
+        f.framed(0x302, struct.pack("<QIIIHH", n * 0x2000, 1, 0, 0, 0, 0)) for n in range(100_000)
     )
     said, size = peak(tmp_path, many(1, pages))
     assert "header 65537 (PAGE_DATA): more than 65536 ranges of successive pages" in said
@@ -186,7 +182,7 @@ def test_load_when_there_are_many_ranges_takes_little_memory(tmp_path: Path) -> 
 def test_load_when_headers_repeat_takes_little_memory(
     tmp_path: Path, kind: int, raw: bytes, rule: str
 ) -> None:
-    said, size = peak(tmp_path, many(60_000, framed(kind, raw)))
+    said, size = peak(tmp_path, many(60_000, f.framed(kind, raw)))
     assert rule in said or said == "0 1"  # the VMSA that KVM makes
     assert size < LIMIT
 
@@ -202,8 +198,8 @@ def test_load_when_an_area_is_huge_takes_little_memory(tmp_path: Path) -> None:
 
 
 def test_load_when_parameters_are_many_is_refused_in_little_memory(tmp_path: Path) -> None:
-    parameters = b"".join(framed(0x312, struct.pack("<II", 0, n * 0x1000)) for n in range(5000))
-    area = framed(0x301, struct.pack("<QII", 1 << 29, 0, 0))
+    parameters = b"".join(f.framed(0x312, struct.pack("<II", 0, n * 0x1000)) for n in range(5000))
+    area = f.framed(0x301, struct.pack("<QII", 1 << 29, 0, 0))
     said, size = peak(tmp_path, many(1, area + parameters))
     assert "more than 4096 parameters" in said
     assert size < LIMIT
@@ -216,27 +212,11 @@ def test_load_when_pages_without_data_are_many_takes_little_memory(
     size = [0x1000, 0x200000][flags]
     count = (1 << 30) // size
     pages = b"".join(
-        framed(0x302, struct.pack("<QIIIHH", n * size, 1, 0, flags, 0, 0)) for n in range(count)
+        f.framed(0x302, struct.pack("<QIIIHH", n * size, 1, 0, flags, 0, 0)) for n in range(count)
     )
     said, peaked = peak(tmp_path, many(1, pages))
     assert said == f"1 {(1 << 30) // 4096 + 1}"
     assert peaked < LIMIT
-
-
-def write_large(path: Path, pages: int) -> None:
-    """An IGVM file of so many pages, no two alike."""
-    start = f.igvm([f.platform()])[24:]
-    base = 24 + len(start) + 32 * pages
-    head = struct.pack("<IIIIII", 0x4D564749, 1, 24, base - 24, base + pages * 4096, 0)
-    body = start + b"".join(
-        framed(0x302, struct.pack("<QIIIHH", (256 + n) * 4096, 1, base + n * 4096, 0, 0, 0))
-        for n in range(pages)
-    )
-    crc = zlib.crc32(body, zlib.crc32(head))
-    with path.open("wb") as file:
-        file.write(head[:20] + struct.pack("<I", crc) + body)
-        for n in range(pages):
-            file.write(n.to_bytes(4, "little") * 1024)
 
 
 SHOW = """
@@ -252,7 +232,7 @@ def test_command_when_the_file_has_256_mib_stays_below_64_mib(
     tmp_path: Path, command: list[str]
 ) -> None:
     path = tmp_path / "large.igvm"
-    write_large(path, 65536)
+    f.write_large(path, 65536)
     words = [sys.executable, "-c", SHOW, *command, "--memory", "512M", str(path)]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     code, kib = done.stdout.splitlines()[-1].split()

@@ -262,7 +262,7 @@ REFUSED: dict[str, tuple[tuple[f.Header, ...], dict[str, Any], str]] = {
     "across-the-end-of-memory": (
         (f.page(0xFFF000), f.page(0x1000000)),
         {"memory": 16 << 20},
-        "(0xfff000..0x1001000) is outside the guest's memory",
+        "header 2 (PAGE_DATA): normal (0xfff000..0x1001000) is outside the guest's memory",
     ),
     "beyond-52-bits": ((f.page(1 << 52),), {}, "ends beyond the 52 physical address bits"),
     "area-outside": (
@@ -449,6 +449,10 @@ def test_plan_when_all_contexts_are_at_kvms_gpa_leaves_them_to_kvm() -> None:
     assert (made.vmsa_mode, made.vcpus[1].rbx) == (VmsaMode.SYNC, 7)
     assert measure(made).digest == gctx((1, 0x1000, A), KVM_VMSA, (2, f.KVM_GPA, f.vmsa(rbx=7)))
     assert "but not one for each of 3 vCPUs in order" in refused(*headers, data=data, vcpus=3)
+    elsewhere = f.context(0x9000, 0x1000, 2)
+    assert "header 4 (VP_CONTEXT): several VP_CONTEXTs are at GPA 0xfffffffff000" in refused(
+        *headers, elsewhere, data=data, vcpus=3
+    )
     assert "but directives with pages follow" in refused(
         *headers, f.page(0x5000), data=data, vcpus=2
     )

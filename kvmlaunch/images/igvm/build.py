@@ -166,7 +166,8 @@ class _Writer:
         self._version = version
         # With native_zero a page of zeros that is NORMAL can't be left out.
         self._keep_zeros = native_zero
-        self._headers: list[tuple[HeaderType, tuple[int | bytes, ...], int]] = []
+        # Type, values, and for each of successive pages the number of its data in the file.
+        self._headers: list[tuple[HeaderType, tuple[int | bytes, ...], Sequence[int]]] = []
         # Pages that are in the file: index of their range, and their index in it.
         self._ranges: list[PageRange] = []
         self._pages = array("I")
@@ -190,8 +191,11 @@ class _Writer:
         self._id_block()
         return self._encoded()
 
-    def _add(self, kind: HeaderType, *values: int | bytes, data: int = 0) -> None:
-        """``data``: the number of a page in the file, from 1, for the field ``file_offset``."""
+    def _add(self, kind: HeaderType, *values: int | bytes, data: Sequence[int] = (0,)) -> None:
+        """A header for each of ``data``: numbers of pages in the file from 1, 0 for none.
+
+        They are for the field ``file_offset``; the GPA of each is one page further.
+        """
         self._headers.append((kind, values, data))
 
     def _step(self, step: PageRange) -> None:
@@ -210,7 +214,7 @@ class _Writer:
             self._page_data(step, PageFlag.UNMEASURED if unmeasured else PageFlag(0))
 
     def _context(self, gpa: int, vcpu: int, page: PageRange) -> None:
-        data = self._data(page, 0, len(self._ranges), keep=True)
+        data = (self._data(page, 0, len(self._ranges), keep=True),)
         self._ranges.append(page)
         self._add(HeaderType.VP_CONTEXT, gpa, _MASK, 0, vcpu, 0, data=data)
 
@@ -218,12 +222,12 @@ class _Writer:
         data_type = _DATA_TYPES.get(part.type, DataType.NORMAL)
         number = len(self._ranges)
         self._ranges.append(part)
-        for index in range(part.npages):
-            data = 0
-            if (part.pieces and data_type is DataType.NORMAL) or self._must_keep(part):
-                data = self._data(part, index, number, keep=self._must_keep(part))
-            gpa = part.gpa + index * PAGE_SIZE
-            self._add(HeaderType.PAGE_DATA, gpa, _MASK, 0, flags, data_type, 0, data=data)
+        keep = self._must_keep(part)
+        stored = keep or (bool(part.pieces) and data_type is DataType.NORMAL)
+        data = array("I", bytes(4 * part.npages))
+        for index in range(part.npages if stored else 0):
+            data[index] = self._data(part, index, number, keep=keep)
+        self._add(HeaderType.PAGE_DATA, part.gpa, _MASK, 0, flags, data_type, 0, data=data)
 
     def _must_keep(self, part: PageRange) -> bool:
         return self._keep_zeros and part.type is PageType.NORMAL
@@ -256,8 +260,10 @@ class _Writer:
         self._add(HeaderType.SNP_ID_BLOCK, *header)
 
     def _encoded(self) -> Iterator[bytes | memoryview]:
-        sizes = (fmt.LAYOUTS[kind][0].size for kind, _, _ in self._headers)
-        variable = sum(fmt.TLV.size + fmt.padded(size) for size in sizes)
+        variable = sum(
+            len(data) * (fmt.TLV.size + fmt.padded(fmt.LAYOUTS[kind][0].size))
+            for kind, _, data in self._headers
+        )
         fixed = (fmt.FIXED_V1 if self._version == 1 else fmt.FIXED_V2).size
         base, pages = fixed + variable, len(self._pages) // 2
         # Microsoft's parser refuses a file without data.
@@ -275,14 +281,19 @@ class _Writer:
     def _encode_headers(self, base: int) -> Iterable[bytes]:
         for kind, values, data in self._headers:
             layout, make = fmt.LAYOUTS[kind]
-            if data:
-                at = make._fields.index("file_offset")
-                values = (*values[:at], base + (data - 1) * PAGE_SIZE, *values[at + 1 :])
-            try:
-                raw = layout.pack(*values)
-            except struct.error as error:
-                raise FormatError(f"{kind.name} can't hold {values}: {error}") from None
-            yield fmt.TLV.pack(kind, layout.size) + raw + bytes(-layout.size % 8)
+            fields = make(*values)
+            for n, page in enumerate(data):
+                if page:
+                    fields = fields._replace(file_offset=base + (page - 1) * PAGE_SIZE)
+                elif n:
+                    fields = fields._replace(file_offset=0)
+                if n:
+                    fields = fields._replace(gpa=fields.gpa + PAGE_SIZE)
+                try:
+                    raw = layout.pack(*fields)
+                except struct.error as error:
+                    raise FormatError(f"{kind.name} can't hold {values}: {error}") from None
+                yield fmt.TLV.pack(kind, layout.size) + raw + bytes(-layout.size % 8)
 
     def _contents(self) -> Iterator[memoryview]:
         for at in range(0, len(self._pages), 2):

@@ -19,7 +19,7 @@ from kvmlaunch.images.igvm import format as fmt
 from kvmlaunch.images.igvm.format import DataType, HeaderType, PageFlag, PlatformType
 from kvmlaunch.images.source import ImageSource
 
-__all__ = ["AREAS_MOST", "Area", "IgvmFile", "Item", "parse", "single"]
+__all__ = ["AREAS_MOST", "IgvmFile", "Item", "parse", "single"]
 
 AREAS_MOST = 4096
 """Parameter areas of a file, at most; known files have five."""
@@ -234,17 +234,6 @@ def _run_length(data: memoryview, at: int, end: int) -> int:
     return count
 
 
-class Area(NamedTuple):
-    """A parameter area that is declared: the header that did it."""
-
-    item: Item
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return int(self.item.value.number_of_bytes)
-
-
 class _Checker:
     """One walk over the headers, in file order, with what the rules must remember."""
 
@@ -253,7 +242,8 @@ class _Checker:
         self._header = header
         self._data_start = header.variable_offset + header.variable_size
         self._section = 0
-        self._areas: dict[int, Area | None] = {}
+        # Bytes of each parameter area; None once it has been inserted.
+        self._areas: dict[int, int | None] = {}
         self._documents = 0
         self._known_mask = 0
         self.platforms: list[fmt.SupportedPlatform] = []
@@ -388,30 +378,29 @@ class _Checker:
             raise self._fail(item, f"more than {AREAS_MOST} parameter areas")
         if area.file_offset:
             self._data(item, area.file_offset, area.number_of_bytes)
-        self._areas[area.area] = Area(item)
+        self._areas[area.area] = area.number_of_bytes
 
-    def _live_area(self, item: Item) -> Area:
+    def _area_size(self, item: Item) -> int:
         index = item.value.area
         if index not in self._areas:
             raise self._fail(item, f"there is no parameter area {index} before")
-        area = self._areas[index]
-        if area is None:
+        size = self._areas[index]
+        if size is None:
             raise self._fail(item, f"parameter area {index} has been inserted already")
-        return area
+        return size
 
     def _parameter(self, item: Item) -> None:
-        area = self._live_area(item)
+        area_size = self._area_size(item)
         size = _PARAMETER_SIZES.get(HeaderType(item.kind), 1)
-        if item.value.byte_offset + size > area.size:
+        if item.value.byte_offset + size > area_size:
             raise self._fail(
                 item,
                 f"{size} bytes at offset {item.value.byte_offset:#x} end beyond parameter area "
-                f"{item.value.area} of {area.size:#x} bytes",
+                f"{item.value.area} of {area_size:#x} bytes",
             )
 
     def _insert(self, item: Item) -> None:
-        area = self._live_area(item)
-        self._pages(item, item.value.gpa, area.size)
+        self._pages(item, item.value.gpa, self._area_size(item))
         self._areas[item.value.area] = None
 
     def _page(self, item: Item) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kvmlaunch.images.igvm import format as fmt
 from kvmlaunch.images.igvm.format import DataType, HeaderType, PageFlag, PlatformType
 from kvmlaunch.images.igvm.parse import IgvmFile, Item
 
-__all__ = ["describe_file", "rows"]
+__all__ = ["describe_file", "rows", "table"]
 
 _HEX = {"gpa", "policy", "file_offset", "size", "required_zeroes", "required_ones", "byte_offset"}
 
@@ -97,3 +97,24 @@ def _row(item: Item) -> dict[str, Any]:
             is_hex = name in _HEX or name.endswith(("_bytes", "gpa", "mask"))
             row[name] = f"{value:#x}" if is_hex else value
     return row
+
+
+def table(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The rows as lines for people; what is 0 or empty is left out."""
+    for row in found:
+        shown = [
+            f"{name}={_short(value)}"
+            for name, value in row.items()
+            if name not in ("header", "headers", "offset", "type") and value not in ([], "0x0", "")
+        ]
+        last = row["header"] + row.get("headers", 1) - 1
+        which = f"{row['header']}" if last == row["header"] else f"{row['header']}..{last}"
+        line = f"{which:>9} {row['offset']:>10} {row['type']:<20} {' '.join(shown)}"
+        yield line.rstrip()
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(str(part) for part in value)
+    text = str(value)
+    return text if len(text) <= 96 else f"{text[:16]}..."

@@ -25,7 +25,8 @@ from tests.benchmarks.timing import table
 
 NAMES = (
     *("command_start", "first_exit", "one_ioctl", "measured_page", "page_hashing"),
-    *("whole_measure", "explaining", "page_log", "softcpu", "simulated_run"),
+    *("whole_measure", "igvm_file", "explaining", "page_log", "softcpu"),
+    "simulated_run",
 )
 
 

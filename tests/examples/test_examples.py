@@ -28,6 +28,11 @@ PRINTS: dict[str, list[Any]] = {
         r"first difference: VMSA 0xfffffffff000 kvm-sync",
         r"rdx \(offset 0x310\): 0xa00f11 != 0xa10f10",
     ],
+    "one_igvm_file.py": [
+        r"built: [0-9]+ bytes, launch digest [0-9a-f]{96}",
+        r"1 vCPUs: hello from a kvmlaunch guest; vCPU 0: the guest wrote 0x0 to the exit port",
+        r"4 vCPUs: hello from a kvmlaunch guest; vCPU 0: the guest wrote 0x0 to the exit port",
+    ],
     "order_a_fault.py": [
         r"SNP_LAUNCH_UPDATE ret=-5 fw_error=26 'RMP page state is incorrect' gpa=0x3000 type=0x1",
         r"Page: page 2 of image .*",

@@ -104,7 +104,7 @@ def _add_build(ways: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         description="Make an IGVM file of what launching an image would do. Without an option "
         "about VMSAs it has those that KVM makes, one for each vCPU.",
     )
-    add_image_options(build)
+    add_image_options(build, native_zero=False)
     add_launch_options(build, log=False)
     group = build.add_argument_group("IGVM file")
     group.add_argument("-o", "--output", required=True, metavar="FILE", help="the file to write")

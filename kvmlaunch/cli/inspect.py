@@ -12,9 +12,9 @@ from kvmlaunch.abi.policy import describe_policy
 from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Segment, Vmsa, describe_sev_features
 from kvmlaunch.cli.mode_options import add_svsm_options
 from kvmlaunch.cli.options import (
-    add_igvm_options,
     add_image_options,
     add_launch_options,
+    add_order_option,
     plan_from,
 )
 from kvmlaunch.cli.talk import DONE, Talk
@@ -33,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_image_options(parser)
     add_svsm_options(parser)
-    add_igvm_options(parser)
+    add_order_option(parser)
     add_launch_options(parser, log=False)
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.set_defaults(command=_inspect)

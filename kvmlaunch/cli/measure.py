@@ -15,9 +15,9 @@ from kvmlaunch.cli.mode_options import (
     chosen_mode,
 )
 from kvmlaunch.cli.options import (
-    add_igvm_options,
     add_image_options,
     add_launch_options,
+    add_order_option,
     choices_from,
     plan_from,
     refuse_overwriting,
@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_image_options(parser)
     add_mode_options(parser)
     add_svsm_options(parser)
-    add_igvm_options(parser)
+    add_order_option(parser)
     add_launch_options(parser)
     parser.add_argument(
         "--output-format", choices=("hex", "base64"), default="hex", help="default: hex"

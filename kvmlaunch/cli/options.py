@@ -18,9 +18,9 @@ from kvmlaunch.images.vmm import BUILT_IN
 from kvmlaunch.launch.files import read_small
 
 __all__ = [
-    "add_igvm_options",
     "add_image_options",
     "add_launch_options",
+    "add_order_option",
     "choices_from",
     "number",
     "plan_from",
@@ -38,7 +38,9 @@ _OUTPUTS = ("log", "trace_out", "report_out", "chain_out", "output")
 _QEMU = "QEMU"
 
 
-def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = True) -> None:
+def add_image_options(
+    parser: argparse.ArgumentParser, *, positional: bool = True, native_zero: bool = True
+) -> None:
     """The image and everything that changes its launch digest; or the image as --image."""
     what = "flat, ELF, OVMF or IGVM image"
     if positional:
@@ -48,6 +50,13 @@ def add_image_options(parser: argparse.ArgumentParser, *, positional: bool = Tru
         image.add_argument("--image", metavar="IMAGE", help=what)
     image.add_argument("--ovmf", metavar="FILE", help="OVMF firmware, instead of IMAGE")
     image.add_argument("--igvm", metavar="FILE", help="IGVM file, instead of IMAGE")
+    if native_zero:
+        image.add_argument(
+            "--native-zero",
+            action="store_true",
+            help="an IGVM file's pages without data are ZERO, as for Cloud Hypervisor (else "
+            "NORMAL)",
+        )
     image.add_argument("--image-type", choices=IMAGE_TYPES, default="auto", help="default: auto")
     image.add_argument(
         "--load-addr", type=number, metavar="GPA", help="where a flat image goes (default 0x1000)"
@@ -122,21 +131,14 @@ def add_launch_options(
     add_vmsa_options(parser)
 
 
-def add_igvm_options(parser: argparse.ArgumentParser, *, order: bool = True) -> None:
-    """How an IGVM file is read, and (``order``) whose order of its directives counts."""
-    group = parser.add_argument_group("IGVM file")
-    group.add_argument(
-        "--native-zero",
-        action="store_true",
-        help="pages without data are ZERO, as for Cloud Hypervisor (else NORMAL)",
+def add_order_option(parser: argparse.ArgumentParser) -> None:
+    """Whose order of an IGVM file's directives counts."""
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        help="an IGVM file's directives as the file has them (default), as a mainline kernel "
+        "launches them (VMSAs last, at its own GPA), or as QEMU issues them",
     )
-    if order:
-        group.add_argument(
-            "--order",
-            choices=ORDERS,
-            help="directives as the file has them (default), as a mainline kernel launches them "
-            "(VMSAs last, at its own GPA), or as QEMU issues them",
-        )
 
 
 def plan_from(

@@ -15,7 +15,6 @@ from kvmlaunch.cli.host_options import add_host_options, open_host, settle
 from kvmlaunch.cli.inside import Inside, add_inside_options, describe_end
 from kvmlaunch.cli.key_options import Identity, add_identity_options, add_key_options
 from kvmlaunch.cli.options import (
-    add_igvm_options,
     add_image_options,
     add_launch_options,
     plan_from,
@@ -53,7 +52,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def add_run_options(parser: argparse.ArgumentParser, *, report_required: bool = False) -> None:
     """Everything that `run_image` looks at."""
     add_image_options(parser)
-    add_igvm_options(parser, order=False)
     add_launch_options(parser)
     identity = parser.add_argument_group("identity", "sign the predicted digest on the fly")
     add_key_options(identity)

@@ -10,7 +10,7 @@ from kvmlaunch.abi.kvm_sync import not_carried, synced
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.vmsa import FieldDiff, Vmsa
 from kvmlaunch.errors import FormatError
-from kvmlaunch.images.plan import LaunchPlan, PageRange, Piece, VmsaMode, free_gpa
+from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece, VmsaMode, free_gpa
 
 __all__ = [
     "BUILT",
@@ -151,10 +151,26 @@ def to_sync(plan: LaunchPlan) -> SyncFallback:
         lost += [(vcpu, field) for field in not_carried(vmsa, sev_features=plan.sev_features)]
     kept = tuple(step for step in plan.steps if step.type is not PageType.VMSA)
     return SyncFallback(
-        replace(plan, steps=kept, vcpus=tuple(states), bindings={}, vmsa_mode=VmsaMode.SYNC),
+        replace(
+            plan,
+            memory=tuple(_without_vmsas(plan)),
+            steps=kept,
+            vcpus=tuple(states),
+            bindings={},
+            vmsa_mode=VmsaMode.SYNC,
+        ),
         tuple(lost),
         tuple(dropped),
     )
+
+
+def _without_vmsas(plan: LaunchPlan) -> Iterator[MemoryRegion]:
+    """The plan's memory but what is there for VMSAs alone."""
+    vmsas = [step for step in plan.steps if step.type is PageType.VMSA]
+    for region in plan.memory:
+        held = sum(step.size for step in vmsas if region.gpa <= step.gpa < region.end)
+        if held != region.size:
+            yield region
 
 
 def _step(plan: LaunchPlan, choice: VmsaChoice, gpa: int) -> PageRange:

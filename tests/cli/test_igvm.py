@@ -425,6 +425,17 @@ def test_check_when_a_launch_is_refused_names_who_and_by_which_rule(
     assert any(who == by and rule in what for who, what in rules(findings, refused=True))
 
 
+def test_check_when_kvm_refuses_the_registers_names_the_field(cli: Cli, tmp_path: Path) -> None:
+    raw = bytearray(f.vmsa())
+    struct.pack_into("<Q", raw, 0x160, 0x401)  # dr7
+    file = write(tmp_path / "dr7.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
+    assert checked(cli, file)[0] == 0
+    code, findings = checked(cli, "--sim", "6.12", file)
+    ((by, rule),) = rules(findings, refused=True)
+    assert (code, by) == (1, "kernel")
+    assert rule.startswith("dr7 0x401 has bits besides 0x400, which SNP_LAUNCH_FINISH refuses")
+
+
 def test_check_when_the_id_block_is_wrong_names_the_status(
     cli: Cli, halt: Path, tmp_path: Path, keys: tuple[Path, Path]
 ) -> None:

@@ -464,6 +464,14 @@ def test_plan_when_all_contexts_are_at_kvms_gpa_leaves_them_to_kvm() -> None:
     assert plan(*headers, data=bytes(lost), vcpus=2, order="kvm").vmsa_mode is VmsaMode.SYNC
 
 
+def test_to_sync_when_memory_is_for_a_vmsa_alone_leaves_it_out() -> None:
+    headers = (f.page(0xFFFFF000, AT_A), f.context(f.KVM_GPA, AT_VMSA))
+    made = plan(*headers, memory=1 << 20)
+    regions = [(0, 1 << 20), (0xFFFFF000, 0x1000)]
+    assert [(m.gpa, m.size) for m in made.memory] == [*regions, (f.KVM_GPA, 0x1000)]
+    assert [(m.gpa, m.size) for m in to_sync(made).plan.memory] == regions
+
+
 def test_to_sync_when_a_plan_has_shared_pages_keeps_them() -> None:
     made = plan(f.page(0x1000, AT_A, flags=SHARED), f.context(0x9000, AT_VMSA))
     assert to_sync(made).plan.shared == made.shared

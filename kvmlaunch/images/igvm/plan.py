@@ -22,6 +22,7 @@ from kvmlaunch.images.plan import (
     SYNC_VMSA_GPA,
     LaunchPlan,
     MemoryRegion,
+    PageRange,
     VmsaMode,
 )
 from kvmlaunch.images.source import ImageSource
@@ -48,7 +49,6 @@ def plan_of(file: IgvmFile, options: PlanOptions) -> LaunchPlan:
     if options.load_addr is not None or options.entry is not None:
         raise source.fail("an IGVM file says itself where it goes and how it starts")
     found = walk(file, options, batched=order == "qemu")
-    memory = _memory(file, found, options)
     _check_overlaps(file, found)
     vmsas = [step for step in found.steps if step.type is PageType.VMSA]
     states = [Vmsa.decode(step.page(0)) for step in vmsas]
@@ -58,6 +58,8 @@ def plan_of(file: IgvmFile, options: PlanOptions) -> LaunchPlan:
     starts = {vcpu: item.value.gpa for vcpu, item in found.contexts.items()}
     reset = qemu_reset(BSP_EIP, signature=options.signature, sev_features=features)
     together = len(set(starts.values())) < len(starts)
+    pages = [step for step in found.steps if step.type is not PageType.VMSA]
+    parts = [*(pages if together else found.steps), *found.shared]
     plan = build_plan(
         source,
         replace(
@@ -69,8 +71,8 @@ def plan_of(file: IgvmFile, options: PlanOptions) -> LaunchPlan:
             author_key_enabled=author,
         ),
         "igvm",
-        memory=memory,
-        steps=[step for step in found.steps if step.type is not PageType.VMSA],
+        memory=_memory(file, parts, options),
+        steps=pages,
         vcpus=(reset,) * options.vcpus,
         apic=_wants_apic(file, states),
     )
@@ -84,11 +86,11 @@ def plan_of(file: IgvmFile, options: PlanOptions) -> LaunchPlan:
     return plan if order == "file" else to_sync(plan).plan
 
 
-def _memory(file: IgvmFile, found: Directives, options: PlanOptions) -> list[MemoryRegion]:
+def _memory(file: IgvmFile, parts: Sequence[PageRange], options: PlanOptions) -> list[MemoryRegion]:
     """RAM, and regions for what the file has in and above the hole below 4 GiB."""
     ram = list(options.ram())
     needed: list[tuple[int, int]] = []
-    for part in sorted((*found.steps, *found.shared), key=lambda part: part.gpa):
+    for part in sorted(parts, key=lambda part: part.gpa):
         outside = outside_memory(ram, part.gpa, part.end)
         if outside is None:
             continue

@@ -193,6 +193,25 @@ def test_bisect_when_alone_every_page_is_right_still_finds_the_first(wrong: int)
     assert result.culprit == list(page_records(launch_plan))[wrong]
 
 
+@pytest.mark.parametrize("wrong", [4, 5])
+def test_bisect_when_alone_a_page_is_wrong_that_else_is_right_finds_the_first(wrong: int) -> None:
+    """A host that goes wrong wherever a launch doesn't begin with the plan's first page."""
+
+    def make() -> Change:
+        seen: list[Sent] = []
+
+        def change(page: Sent) -> list[Sent]:
+            seen.append(page)
+            odd = page.gpa == GPAS[wrong] or (len(seen) == 1 and page.gpa != GPAS[0])
+            return [page._replace(gpa=FREE)] if odd else [page]
+
+        return change
+
+    with SimPlatform() as platform:
+        result = found(small_plan(), Planted(platform, make))
+    assert culprit(result) == at_gpa(small_plan(), GPAS[wrong])
+
+
 @pytest.mark.parametrize("keys", [{}, {"id_key": 1}, {"id_key": 1, "author_key": 1}])
 def test_bisect_when_keys_sign_finds_the_same(keys: dict[str, int]) -> None:
     signers = {name: Signer.generate() for name in keys}

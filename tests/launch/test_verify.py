@@ -84,6 +84,26 @@ def test_verify_when_asked_launches_one_vm_per_question() -> None:
         assert names.count(name) == 2
 
 
+@pytest.mark.parametrize(("keys", "enabled"), [("none", 0), ("id", 0), ("id+author", 1)])
+def test_verify_when_there_is_an_author_key_has_it_checked(keys: str, enabled: int) -> None:
+    found: list[tuple[int, int]] = []
+
+    class Listens(Wrapped):
+        """Notes what FINISH is given."""
+
+        def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
+            if request == lib.KVM_MEMORY_ENCRYPT_OP and arg:
+                command = ffi.cast("struct kvm_sev_cmd *", arg)
+                if command.id == lib.KVM_SEV_SNP_LAUNCH_FINISH:
+                    finish = ffi.cast("struct kvm_sev_snp_launch_finish *", command.data)
+                    found.append((finish.id_block_en, finish.auth_key_en))
+            return super().ioctl(fd, request, arg)
+
+    with SimPlatform() as platform:
+        ask(small_plan(), Listens(platform), keys)
+    assert set(found) == {(1, enabled)}
+
+
 # Unexpected answers are no proof
 
 ALL = sorted({*FwStatus, 0x1E, 0x7FFF} - {FwStatus.SUCCESS})

@@ -60,7 +60,7 @@ class Reply:
     signed: bool
 
     def __str__(self) -> str:
-        block = "a signed ID block" if self.signed else "an ID block that nobody signed"
+        block = "a signed ID block" if self.signed else "an unsigned ID block"
         if self.status is None:
             result = f"errno {self.errno} without a firmware status"
         else:

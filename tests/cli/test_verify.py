@@ -31,7 +31,7 @@ def test_verify_of_what_the_host_measures_is_0_with_the_proof(
     done = cli("verify", *SIM, *options)
     digest = digest_of(cli, *options)
     wrong = f"{int(digest[:2], 16) ^ 1:02x}{digest[2:]}"
-    unsigned = "  an ID block that nobody signed with digest"
+    unsigned = "  an unsigned ID block with digest"
     assert done.code == 0
     assert done.out.splitlines() == [
         f"confirmed: the firmware measured the predicted launch digest {digest}",

@@ -18,7 +18,7 @@ from kvmlaunch.launch.prefix import prefix, section
 from kvmlaunch.launch.verify import verify
 from kvmlaunch.platforms import open_platform
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.uapi import Platform, Result, ffi, lib
+from kvmlaunch.uapi import Platform, Result, address_of, ffi, lib
 from tests.launch.planted import (
     Change,
     OneMoreVcpu,
@@ -34,7 +34,7 @@ from tests.launch.planted import (
     other_type,
     set_register,
 )
-from tests.launch.rig import PAGE, plan, small_plan
+from tests.launch.rig import PAGE, Wrapped, plan, small_plan
 from tests.launch.test_vmsa_mode import HALT, KERNEL, bl, load
 
 FREE = 0x20000
@@ -295,6 +295,41 @@ def test_bisect_when_the_host_has_a_vcpu_more_says_so(after: int) -> None:
     assert result.fits is not None
     assert result.fits.why == "the host measures one VMSA more behind it"
     assert len(result.fits.vmsas) == after + 2
+
+
+class AfterPages(Wrapped):
+    """RBX of vCPU 1 is 0x600 if pages have been launched: apart, all is right."""
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
+        command = ffi.cast("struct kvm_sev_cmd *", arg)
+        if request == lib.KVM_CREATE_VM:
+            self.vcpus: list[int] = []
+            self.pages = False
+        elif request == lib.KVM_MEMORY_ENCRYPT_OP and arg:
+            self.pages |= command.id == lib.KVM_SEV_SNP_LAUNCH_UPDATE
+            if command.id == lib.KVM_SEV_SNP_LAUNCH_FINISH and self.pages:
+                for vcpu in self.vcpus[1:2]:
+                    regs = ffi.new("struct kvm_regs *")
+                    super().ioctl(vcpu, lib.KVM_GET_REGS, address_of(regs))
+                    regs.rbx = 0x600
+                    super().ioctl(vcpu, lib.KVM_SET_REGS, address_of(regs))
+        result = super().ioctl(fd, request, arg)
+        if request == lib.KVM_CREATE_VCPU:
+            self.vcpus.append(result.ret)
+        return result
+
+
+def test_bisect_when_a_vmsa_differs_only_behind_pages_finds_it() -> None:
+    with SimPlatform() as platform:
+        host = AfterPages(platform)
+        result = found(small_plan(vcpus=3), host)
+        oracle = Oracle(host)
+        verdict = verify(small_plan(vcpus=3), oracle)
+        short = bisect_vmsas(small_plan(vcpus=3), oracle, verdict)
+    assert str(result) == str(short) == "differs: VMSA of vCPU 1"
+    # Nothing can be tried with the vCPUs alone, where all is right.
+    assert result.fits is None
+    assert result.launches <= 10
 
 
 # VMSAs that the plan launches

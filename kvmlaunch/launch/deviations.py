@@ -208,10 +208,8 @@ def _features_cause(asked: Asked, value: int) -> Cause:
 
 
 def _signatures(asked: Asked) -> Iterable[int]:
-    if asked.plan.image_type != "ovmf" and asked.state.rdx != asked.options.signature:
-        return []  # the launcher gives it to real-mode code only
-    if asked.plan.image_type != "ovmf" and any(s.label == "page-tables" for s in asked.steps):
-        return []
+    if any(step.label in ("page-tables", "start-info") for step in asked.steps):
+        return []  # only a reset puts it into RDX
     tried = dict.fromkeys((*VCPU_TYPES.values(), _KVM_RDX, 0))
     return [value for value in tried if value != asked.options.signature]
 
@@ -296,10 +294,9 @@ def _mode_cause(asked: Asked, mode: str) -> Cause:
 
 
 def _places(asked: Asked) -> Iterable[str]:
-    # Pages that only a digest is known of can't have something before them.
-    if any(asked.plan.start_digest):
-        return ["first"]
-    return ["first", "before-metadata"] if asked.firmware else ["first"]
+    # Nothing can be before pages that only a digest is known of.
+    first = [] if any(asked.plan.start_digest) else ["first"]
+    return first + ["before-metadata"] * (asked.plan.image_type == "ovmf")
 
 
 def _place_cause(asked: Asked, place: str) -> Cause:

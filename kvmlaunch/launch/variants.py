@@ -156,8 +156,8 @@ class Variants:
             at = 0
         elif place is not None:
             at = next((n for n, step in enumerate(steps) if step.label not in FIRMWARE), 0)
-            if not at:
-                return None
+            if not at and not any(self._plan.start_digest):
+                return None  # that is first
         before = [part for step in steps[:at] if (part := self._part(step, changes, vmm))]
         behind = [part for step in steps[at:] if (part := self._part(step, changes, vmm))]
         return _Layout(self._extended(self._plan.start_digest, before), tuple(behind))

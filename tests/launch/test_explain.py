@@ -39,6 +39,7 @@ from tests.images.builders import (
     Seg,
     elf64,
     entry_bytes,
+    pvh_note,
     standard_entries,
 )
 from tests.images.builders import ovmf as ovmf_image
@@ -279,6 +280,10 @@ TWO: dict[str, tuple[Callable[[], list[Page]], set[tuple[str, str]]]] = {
         lambda: [*vmsas(features=0x21), *firmware(), *metadata()],
         {("SEV_FEATURES", "0x21"), ("place of the VMSAs", "first")},
     ),
+    "place-and-vcpus": (
+        lambda: [*vmsas(3), *firmware(), *metadata()],
+        {("vCPUs", "3"), ("place of the VMSAs", "first")},
+    ),
     "gpa-and-order": (
         lambda: [*metadata(), *firmware(), *vmsas(gpa=VMSA_GPA_52)],
         {("GPA of the VMSAs", "0xffffffffff000"), ("order of pages", "metadata, firmware")},
@@ -309,6 +314,38 @@ def test_cause_when_more_vcpus_were_asked_for_is_fewer() -> None:
     options = PlanOptions(vcpus=12)
     digest = chain([*firmware(), *metadata(), *vmsas(3)])
     assert tried_for(digest, load_image(AMDSEV, options), options) == {("vCPUs", "3")}
+
+
+def test_vmm_when_that_asked_for_has_another_order_is_the_tables_again() -> None:
+    options = PlanOptions(vmm=load_vmm("ec2"), signature=MILAN, vcpus=2)
+    digest = chain([*firmware(), *metadata(), *vmsas(2, signature=MILAN)])
+    assert tried_for(digest, load_image(AMDSEV, options), options) == {("VMM", "QEMU")}
+
+
+def test_signature_when_the_vmm_takes_none_is_not_tried() -> None:
+    options = PlanOptions(vmm=load_vmm("ec2"))
+    rdx = {RDX: MILAN.to_bytes(8, "little")}
+    digest = chain([*firmware(), *metadata(cpuid_last=True), *vmsas(vmm="ec2", fields=rdx)])
+    assert not explain_digest(load_image(AMDSEV, options), digest, options, most=50_000)
+
+
+@pytest.mark.parametrize(("count", "explained"), [(1, True), (2, False)])
+def test_vmm_when_it_knows_one_vcpu_is_tried_with_one(count: int, explained: bool) -> None:
+    krun = load_image(AMDSEV, PlanOptions(vmm=load_vmm("krun")))
+    digest = chain([*firmware(), *metadata(), *state_pages(krun, count)])
+    assert bool(explain_digest(load_image(AMDSEV), digest, most=50_000)) is explained
+
+
+def test_profile_when_measured_as_given_is_predicted_so(tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    # KVM would measure EFER.SVME.
+    path.write_text(
+        '{"format": "kvmlaunch.vmm/1", "name": "own", "base": "QEMU", "measured": "as-given", '
+        '"registers": {"efer": 0}}'
+    )
+    options = PlanOptions(vmm=load_vmm(str(path)))
+    digest = chain([*firmware(), *metadata(), *vmsas(fields={0xD0: bytes(8)})])
+    assert tried_for(digest, load_image(AMDSEV, options), options) == set()
 
 
 # Published digests, all as if QEMU with one vCPU and features 1 had been asked for
@@ -526,10 +563,15 @@ def test_elf_when_the_hosts_c_bit_is_another_is_explained(tmp_path: Path) -> Non
     assert tried_for(digest, plan, options) == {("position of the C-bit", "47")}
 
 
-def test_elf_when_the_signature_has_no_effect_does_not_try_it(tmp_path: Path) -> None:
-    plan, options = elf(tmp_path)
+@pytest.mark.parametrize("notes", [[], [pvh_note(0x100000)]])
+def test_elf_when_the_signature_has_no_effect_does_not_try_it(
+    tmp_path: Path, notes: list[Seg]
+) -> None:
+    path = tmp_path / "guest.elf"
+    path.write_bytes(elf64([Seg(0x100000, bytes(range(256)) * 32), *notes]))
+    plan = load_image(path)
     digest = chain([*pages_of(plan), *state_pages(plan, rdx=MILAN.to_bytes(8, "little"))])
-    assert not explain_digest(plan, digest, options, most=5000)
+    assert not explain_digest(plan, digest, most=5000)
 
 
 # Firmware of which only the digest is known, and an SVSM
@@ -549,6 +591,14 @@ def test_firmware_digest_when_given_has_nothing_before_it() -> None:
     assert "order" not in values
     assert "alioth" not in values["vmm"]
     assert "ec2" in values["vmm"]
+
+
+def test_firmware_digest_when_given_may_have_vmsas_behind_it() -> None:
+    start = chain(firmware())
+    options = PlanOptions(firmware_digest=start)
+    digest = chain([*vmsas(), *metadata()], start)
+    found = tried_for(digest, load_image(AMDSEV, options), options)
+    assert found == {("place of the VMSAs", "behind firmware, before metadata")}
 
 
 def svsm_files(tmp_path: Path) -> tuple[Path, Path]:
@@ -607,6 +657,14 @@ def test_direct_when_features_differ_is_explained() -> None:
     digest = chain([*firmware(), *metadata(), *vmsas(features=0x21, gpa=0x5000)])
     found = tried_for(digest, load_image(AMDSEV, options), options)
     assert found == {("SEV_FEATURES", "0x21")}
+
+
+def test_direct_when_a_forced_vmsa_has_other_features_counts_from_those() -> None:
+    edits = (("sev_features", 0x21),)
+    options = PlanOptions(vmsas=(VmsaChoice(gpa=0x5000, edits=edits),), forced=True)
+    digest = chain([*firmware(), *metadata(), *vmsas(gpa=0x5000)])
+    (cause,) = explain_digest(load_image(AMDSEV, options), digest, options).causes or ()
+    assert (cause.name, cause.found, cause.asked) == ("SEV_FEATURES", "0x1", "0x21")
 
 
 def test_direct_when_the_vmm_differs_is_explained() -> None:

@@ -336,7 +336,8 @@ def _zero_types(asked: Asked) -> Iterable[int]:
 
 def _zero_cause(asked: Asked, kind: int) -> Cause:
     labels = dict.fromkeys(step.label for step in asked.steps if step.type is PageType.ZERO)
-    profile = asked.profiled(sections=dict.fromkeys(labels, _named(kind))) if kind else {}
+    sections = dict.fromkeys(map(_section, labels), _named(kind)) if kind else {}
+    profile = asked.profiled(sections=sections) if kind else {}
     return Cause("all ZERO pages", _type_words(kind), "ZERO", _type_why(kind), profile=profile)
 
 
@@ -354,12 +355,16 @@ def _section_row(label: str, asked_type: PageType) -> Dimension:
         return [kind for kind in tried if kind != asked_type]
 
     def cause(asked: Asked, kind: int) -> Cause:
-        section = label if label in SECTION_TYPES.values() else "other"
-        profile = asked.profiled(sections={section: _named(kind)}) if kind else {}
+        profile = asked.profiled(sections={_section(label): _named(kind)}) if kind else {}
         name, before = f"page type of {label}", asked_type.name
         return Cause(name, _type_words(kind), before, _type_why(kind), profile=profile)
 
     return Dimension(f"type of {label}", values, cause)
+
+
+def _section(label: str) -> str:
+    """The name that a VMM profile has for sections with that label."""
+    return label if label in SECTION_TYPES.values() else "other"
 
 
 def _named(kind: int) -> str:

@@ -19,6 +19,7 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.images.options import PlanOptions
 from kvmlaunch.images.vmm_file import FORMAT
+from kvmlaunch.images.vmsas import finish_vmsas
 from kvmlaunch.launch.deviations import (
     VMM,
     Asked,
@@ -117,6 +118,8 @@ def explain_digest(
     """
     if len(digest) != DIGEST_SIZE:
         raise FormatError(f"a launch digest is {DIGEST_SIZE} bytes, not {len(digest)}")
+    for _ in finish_vmsas(plan):
+        pass  # it raises for what can't be launched as asked
     asked, variants = Asked(plan, options), Variants(plan, options, hasher)
     rows = dimensions(asked)
     total = _number(asked, rows, most) if progress else most
@@ -159,7 +162,7 @@ def explain_vmsa(
 
 def _launches(asked: Asked, rows: Sequence[_Row]) -> Iterator[tuple[dict[str, Any], Sequence[int]]]:
     """Changes, and the numbers of vCPUs to try with them; the fewest changes first."""
-    # Its numbers of vCPUs are the second change, and cost next to nothing.
+    # Another number of vCPUs is one more change, but costs next to nothing.
     for number in range(len(rows) + 1):
         counts = _counts(asked, number)
         for chosen in _chosen(rows, number):

@@ -141,6 +141,9 @@ class Variants:
     def page(self, changes: Changes, vcpu: int) -> bytes | None:
         """The VMSA page that a vCPU starts from; None if there is no such launch."""
         states = self._states_of(changes)
+        if self._mode(changes) == "given":
+            bound = [self._plan.vcpu_at(step) for step in self._vmsas]
+            return states.pages[bound.index(vcpu)] if states and vcpu in bound else None
         if states is None or (vcpu >= len(states.pages) and not states.more):
             return None
         return states.pages[min(vcpu, len(states.pages) - 1)]

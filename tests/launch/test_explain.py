@@ -6,6 +6,7 @@ of sev-snp-measure, or from that tool where it knows the cause.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -39,6 +40,7 @@ from tests.images.builders import (
     Seg,
     elf64,
     entry_bytes,
+    metadata_bytes,
     pvh_note,
     standard_entries,
 )
@@ -727,6 +729,13 @@ def test_digest_when_it_has_another_size_is_refused(size: int) -> None:
         explain_digest(load_image(AMDSEV), bytes(size))
 
 
+def test_plan_when_kvm_would_refuse_a_state_is_refused() -> None:
+    plan = load_image(AMDSEV)
+    plan = dataclasses.replace(plan, vcpus=(plan.vcpus[0].replace(dr7=0x401),))
+    with pytest.raises(FormatError, match="dr7"):
+        explain_digest(plan, bytes(48), most=100)
+
+
 def test_progress_when_wanted_counts_up_to_the_total(tmp_path: Path) -> None:
     plan, options = flat(tmp_path)
     seen: list[tuple[int, int]] = []
@@ -792,6 +801,21 @@ def test_profile_when_shown_gives_the_digest_as_a_file(tmp_path: Path, planted: 
     assert measure(load_image(AMDSEV, PlanOptions(vmm=load_vmm(str(path))))).digest == digest
 
 
+def test_profile_when_a_section_has_no_name_says_other(tmp_path: Path) -> None:
+    sections = [(0x800000, 0x1000, 1), (0x801000, 0x1000, 0x77)]
+    image = ovmf_image(metadata=metadata_bytes(sections))
+    plan = load_image(image)
+    pages = [
+        (UNMEASURED if gpa == 0x801000 else kind, gpa, data) for kind, gpa, data in pages_of(plan)
+    ]
+    found = explain_digest(plan, chain([*pages, *state_pages(plan)]))
+    path = tmp_path / "FILE.json"
+    path.write_text(str(found).splitlines()[-1].removeprefix("FILE.json: "))
+    assert measure(load_image(image, PlanOptions(vmm=load_vmm(str(path))))).digest == chain(
+        [*pages, *state_pages(plan)]
+    )
+
+
 def test_profile_when_that_was_a_users_has_no_base(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_text('{"format": "kvmlaunch.vmm/1", "name": "own", "base": "ec2", "svsm": false}')
@@ -852,6 +876,22 @@ def test_vmsa_when_another_page_fits_is_explained(
 ) -> None:
     options = PlanOptions(vcpus=2)
     assert names(explain_vmsa(load_image(AMDSEV, options), vcpu, fits(page), options)) == expected
+
+
+def test_vmsa_when_pages_are_in_another_order_is_that_of_the_vcpu() -> None:
+    choices = (VmsaChoice(vcpu=None), VmsaChoice(vcpu=1), VmsaChoice(vcpu=0))
+    options = PlanOptions(vcpus=2, vmsas=choices)
+    page = vmsas(2, features=0x21)[1][2]
+    assert page is not None
+    plan = load_image(AMDSEV, options)
+    assert names(explain_vmsa(plan, 1, fits(page), options)) == {("SEV_FEATURES", "0x21")}
+    assert not explain_vmsa(plan, 0, fits(page), options)
+
+
+def test_vmsa_when_the_vcpu_has_none_is_not_explained() -> None:
+    options = PlanOptions(vcpus=2, vmsas=(VmsaChoice(),))
+    found = explain_vmsa(load_image(AMDSEV, options), 1, lambda page: True, options)
+    assert (bool(found), found.tried) == (False, 0)
 
 
 def test_vmsa_when_no_page_fits_is_not_explained() -> None:

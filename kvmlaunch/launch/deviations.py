@@ -8,7 +8,8 @@ snp-firmware-abi.md, sections 3 and 11.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from kvmlaunch.abi.kernel_hashes import HASHES_SIZE, KernelHashes, hash_cmdline
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.reset import VCPU_TYPES
 from kvmlaunch.abi.vmsa import SEV_FEATURES, Vmsa
-from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, PageRange, VmmProfile, VmsaMode, load_vmm
 from kvmlaunch.images.options import PlanOptions
 from kvmlaunch.images.ovmf_table import SECTION_TYPES
@@ -81,7 +81,8 @@ class Cause(NamedTuple):
 
     def __str__(self) -> str:
         """A sentence without its full stop."""
-        return f"{self.name}: {self.found}, not {self.asked}" + (f" ({self.why})" * bool(self.why))
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.name}: {self.found}, not {self.asked}{why}"
 
 
 class Dimension(NamedTuple):
@@ -108,22 +109,27 @@ class KernelChange(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for, in the terms of the table; ``steps`` are the launch's without VMSAs."""
+    """What was asked for, in the terms of the table."""
 
     plan: LaunchPlan
     options: PlanOptions
-    profile: VmmProfile | None = field(init=False)
-    steps: tuple[PageRange, ...] = field(init=False)
-    state: Vmsa = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        """Look into the plan."""
-        steps = tuple(step for step in self.plan.steps if step.type is not PageType.VMSA)
-        vmsas = [step for step in self.plan.steps if step.type is PageType.VMSA]
-        state = Vmsa.decode(vmsas[0].page(0)) if vmsas else self.plan.vcpus[0]
-        object.__setattr__(self, "profile", asked_profile(self.plan, self.options))
-        object.__setattr__(self, "steps", steps)
-        object.__setattr__(self, "state", state)
+    @cached_property
+    def profile(self) -> VmmProfile | None:
+        """The VMM profile, where one counts."""
+        return asked_profile(self.plan, self.options)
+
+    @cached_property
+    def steps(self) -> tuple[PageRange, ...]:
+        """The launch's steps without VMSAs."""
+        return tuple(step for step in self.plan.steps if step.type is not PageType.VMSA)
+
+    @cached_property
+    def state(self) -> Vmsa:
+        """The first VMSA."""
+        vmsas = (step for step in self.plan.steps if step.type is PageType.VMSA)
+        first = next(vmsas, None)
+        return Vmsa.decode(first.page(0)) if first else self.plan.vcpus[0]
 
     @property
     def firmware(self) -> bool:
@@ -384,26 +390,31 @@ def _kernels(asked: Asked) -> Iterable[KernelChange]:
     if step is None:
         return []
     page, append = bytes(step.page(0)), asked.options.append or ""
-    found = [KernelChange(None, "none", "without --kernel")]
-    for at in range(0, PAGE_SIZE - HASHES_SIZE + 1, 16):
-        try:
-            hashes = KernelHashes.decode(page[at : at + HASHES_SIZE])
-        except FormatError:
-            continue
-        same = {"kernel": hashes.kernel, "initrd": hashes.initrd, "cmdline": hashes.cmdline}
-        others = [
-            ({"initrd": KernelHashes(hashes.kernel).initrd}, "without the initrd's"),
-            ({"cmdline": hash_cmdline("")}, "without the command line's"),
-            ({"cmdline": hash_cmdline(append.strip())}, "of the command line without outer blanks"),
-            ({"cmdline": hash_cmdline(append + "\n")}, "of the command line and a newline"),
-        ]
-        options = ("without --initrd", "without --append", "", "")
-        for (change, words), option in zip(others, options, strict=True):
-            made = KernelHashes(**{**same, **change})
-            if made != hashes:
-                found.append(KernelChange(made.page(at), words, option))
-        break
-    return found
+    at = PAGE_SIZE - len(page.lstrip(b"\0"))  # the table begins with a GUID, before it are zeros
+    hashes = KernelHashes.decode(page[at : at + HASHES_SIZE])
+    nothing = KernelHashes(hashes.kernel)
+    others = (
+        (replace(hashes, initrd=nothing.initrd), "without the initrd's", "without --initrd"),
+        (
+            replace(hashes, cmdline=nothing.cmdline),
+            "without the command line's",
+            "without --append",
+        ),
+        (
+            replace(hashes, cmdline=hash_cmdline(append.strip())),
+            "of the command line without outer blanks",
+            "",
+        ),
+        (
+            replace(hashes, cmdline=hash_cmdline(append + "\n")),
+            "of the command line and a newline",
+            "",
+        ),
+    )
+    return [
+        KernelChange(None, "none", "without --kernel"),
+        *(KernelChange(made.page(at), *words) for made, *words in others if made != hashes),
+    ]
 
 
 def _kernel_cause(asked: Asked, change: KernelChange) -> Cause:

@@ -110,7 +110,7 @@ def explain_digest(
     hasher: hashing.Hasher | None = None,
     progress: _Progress | None = None,
 ) -> Explanation:
-    """Search for the launch whose digest (48 bytes) another one than the plan's is.
+    """Search for a launch that gives ``digest`` (48 bytes), beginning with the plan's.
 
     ``options`` are those that the plan was made with, ``most`` how many launches are tried.
     ``progress`` is called often, with how many were and how many there are to try. Raises
@@ -142,9 +142,9 @@ def explain_vmsa(
     fits: Callable[[bytes], bool],
     options: PlanOptions = _DEFAULTS,
 ) -> Explanation:
-    """Search for the VMSA page (4096 bytes) of one vCPU that ``fits``; see `explain_digest`.
+    """Search for a VMSA page (4096 bytes) of one vCPU that ``fits``, see `explain_digest`.
 
-    For whoever knows what one page gives, as the digest before it and after it.
+    For whoever knows the digest before that page and the one after it.
     """
     asked, variants = Asked(plan, options), Variants(plan, options)
     rows = [(row, values) for row, values in dimensions(asked) if row.vmsa]

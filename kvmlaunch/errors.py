@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from collections.abc import Mapping
-from typing import Any
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 __all__ = [
     "ClosedError",

@@ -4,6 +4,7 @@
 |-----------------|----------------------------------------------------------------------|
 | `page`          | page size and launch page types                                      |
 | `digest`        | PAGE_INFO chain, launch digest, digest text                          |
+| `defaults`      | the policy where nobody chose one                                    |
 | `policy`        | guest policy word                                                    |
 | `fwstatus`      | firmware status codes: name, text, advice                            |
 | `segment`       | segment register inside the VMSA                                     |

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
 
 from kvmlaunch.errors import FormatError
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
 
 __all__ = ["Gaps", "Runs", "canonical_runs", "find_gaps", "find_runs", "int_at", "raw_at"]
 

@@ -24,16 +24,16 @@ gce-tcb-verifier and follows the command word of LAUNCH_UPDATE.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
 import re
 import struct
-from typing import Literal
 
 from kvmlaunch.errors import FormatError
 
 from .page import PAGE_SIZE, Buffer, PageType
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Literal
 
 __all__ = [
     "DIGEST_SIZE",
@@ -61,6 +61,8 @@ _VMSA_TSC = slice(0x2F0, 0x300)
 
 def sha384(data: Buffer) -> bytes:
     """Return SHA-384 of `data`, 48 bytes."""
+    import hashlib  # with the extension nobody needs it, and it loads OpenSSL
+
     return hashlib.sha384(data).digest()
 
 
@@ -218,6 +220,9 @@ def parse_digest(text: str) -> bytes:
     if _BARE_HEX.fullmatch(text):
         digits = len(text.lower().removeprefix("0x"))
         raise FormatError(f"a launch digest has 96 hex digits, this has {digits}")
+    import base64
+    import binascii
+
     try:
         raw = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -236,5 +241,7 @@ def format_digest(digest: bytes, form: Literal["hex", "base64"] = "hex") -> str:
     if form == "hex":
         return digest.hex()
     if form == "base64":
+        import base64
+
         return base64.b64encode(digest).decode("ascii")
     raise FormatError(f"digest format {form!r} is not one of hex, base64")

@@ -11,12 +11,14 @@ __set_regs.
 
 from __future__ import annotations
 
-from typing import Any
-
 from kvmlaunch.errors import FormatError
 
 from .segment import Segment
 from .vmsa import FieldDiff, Vmsa, diff
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["not_carried", "sregs_round_trip", "synced"]
 

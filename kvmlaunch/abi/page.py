@@ -7,7 +7,10 @@ Linux uapi as KVM_SEV_SNP_PAGE_TYPE_*. 0 and 7 are invalid (INVALID_PARAM).
 from __future__ import annotations
 
 import enum
-from typing import TypeAlias
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import TypeAlias
 
 __all__ = ["PAGE_SIZE", "Buffer", "PageType"]
 

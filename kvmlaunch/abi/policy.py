@@ -25,16 +25,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 from kvmlaunch.errors import FormatError
 
 from ._check import uint
+from .defaults import DEFAULT_POLICY
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["DEFAULT_POLICY", "GuestPolicy", "describe_policy", "parse_policy"]
-
-DEFAULT_POLICY = 0x30000
-"""SMT and the reserved bit: the default of QEMU, sev-snp-measure and virtee/sev."""
 
 _MUST_BE_ONE = 17
 _FLAGS = {

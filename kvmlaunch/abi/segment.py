@@ -6,7 +6,7 @@ Source: AMD APM volume 2, tables B-2 and B-4; Linux `struct vmcb_seg`.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections import namedtuple
 
 from ._check import exact_size, uint
 from .page import Buffer
@@ -14,7 +14,7 @@ from .page import Buffer
 __all__ = ["SEGMENT_FIELDS", "SEGMENT_SIZE", "Segment", "VmsaField"]
 
 
-class VmsaField(NamedTuple):
+class VmsaField(namedtuple("VmsaField", "name offset size")):
     """One line of the field table; offset and size in bytes."""
 
     name: str

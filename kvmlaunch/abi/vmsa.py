@@ -12,10 +12,9 @@ copy of the VMCB.
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from collections import namedtuple
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
 
 from kvmlaunch.errors import FormatError
 
@@ -23,6 +22,10 @@ from ._check import exact_size, sized_bytes, uint
 from ._layout import Runs, canonical_runs, find_gaps, find_runs, int_at, raw_at
 from .page import PAGE_SIZE, Buffer
 from .segment import SEGMENT_FIELDS, SEGMENT_SIZE, Segment, VmsaField
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "SEGMENT_FIELDS",
@@ -74,7 +77,8 @@ def _seg(offset: int) -> Any:
     return dataclasses.field(default=Segment(), metadata={"at": (offset, SEGMENT_SIZE)})
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
+# What dataclasses would write for so many fields takes longer to make than all that needs it.
+@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
 class Vmsa:
     """One VMSA page. Fields are unsigned integers unless typed otherwise; default 0.
 
@@ -186,19 +190,28 @@ class Vmsa:
     reserved: Runs = ()
     """(offset, bytes) of what is not zero outside the fields; at most one run per gap."""
 
-    def __post_init__(self) -> None:
-        """Refuse a value that does not fit its field."""
-        for name, _, size in VMSA_FIELDS:
-            value = getattr(self, name)
-            kind = type(_DEFAULTS[name])
+    def __init__(self, *, reserved: Runs = (), **fields: Any) -> None:
+        """Take fields by their names; refuse a value that does not fit its field."""
+        values = vars(self)
+        values.update(_DEFAULTS)
+        for name, value in fields.items():
+            if name not in _DEFAULTS:
+                raise TypeError(f"a VMSA has no field {name!r}")
+            kind, size = type(_DEFAULTS[name]), _SIZES[name]
             if kind is bytes:
-                object.__setattr__(self, name, sized_bytes(name, value, size))
+                value = sized_bytes(name, value, size)
             elif kind is int:
                 uint(name, value, size * 8)
             elif not isinstance(value, Segment):
                 raise FormatError(f"{name} takes a segment, not {value!r}")
-        if self.reserved:
-            object.__setattr__(self, "reserved", canonical_runs(self.reserved, _GAPS))
+            values[name] = value
+        values["reserved"] = canonical_runs(reserved, _GAPS) if reserved else ()
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other) if isinstance(other, Vmsa) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
 
     def encode(self) -> bytes:
         """Return the page, 4096 bytes."""
@@ -295,12 +308,12 @@ VMSA_FIELDS = _table()
 """Every named field, in the order of the page."""
 
 _DEFAULTS: dict[str, int | bytes | Segment] = {f.name: getattr(Vmsa, f.name) for f in VMSA_FIELDS}
-
+_SIZES = {f.name: f.size for f in VMSA_FIELDS}
 
 _GAPS = find_gaps(((f.offset, f.size) for f in VMSA_FIELDS), PAGE_SIZE)
 
 
-class FieldDiff(NamedTuple):
+class FieldDiff(namedtuple("FieldDiff", "name offset a b")):
     """One field in which two VMSAs differ; `offset` in the page, `a` and `b` the values."""
 
     name: str
@@ -350,12 +363,13 @@ def field_at(offset: int) -> str:
     """
     if not 0 <= offset < PAGE_SIZE:
         raise FormatError(f"offset {offset:#x} is outside the VMSA page")
-    for name, start, size in VMSA_FIELDS:
-        if start <= offset < start + size:
-            if not isinstance(_DEFAULTS[name], Segment):
-                return name
+    for field in VMSA_FIELDS:
+        start = field.offset
+        if start <= offset < start + field.size:
+            if not isinstance(_DEFAULTS[field.name], Segment):
+                return field.name
             parts = (p.name for p in SEGMENT_FIELDS if p.offset <= offset - start)
-            return f"{name}.{list(parts)[-1]}"
+            return f"{field.name}.{list(parts)[-1]}"
     return next(f"reserved_{start:#x}" for start, end in _GAPS if start <= offset < end)
 
 
@@ -381,6 +395,8 @@ def _unknown(name: str) -> FormatError:
         if isinstance(v, Segment)
         for p in SEGMENT_FIELDS
     ]
+    import difflib  # only here
+
     close = difflib.get_close_matches(name, [*_DEFAULTS, *dotted])
     hint = f"; close are {', '.join(close)}" if close else ""
     return FormatError(f"a VMSA has no field {name!r}{hint}")

@@ -22,6 +22,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"kvmlaunch {__version__}")
         return 0
-    from kvmlaunch.cli.entry import run_command
+    import gc
 
-    return run_command(words)
+    # What a command imports stays for good: looking for garbage in it, over and over and once
+    # more at the end, is time for nothing. But in somebody else's process that is his affair.
+    alone = argv is None
+    if alone:
+        gc.disable()
+    from kvmlaunch.cli.entry import parse_command, run_command
+
+    args = parse_command(words)
+    if alone:
+        gc.freeze()
+        gc.enable()
+    return run_command(args)

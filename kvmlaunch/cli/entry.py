@@ -7,12 +7,22 @@ import errno
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from kvmlaunch.cli.talk import FAILED, INTERRUPTED, SKIPPED, USAGE, Talk, drop, prepare_streams
+from kvmlaunch.cli.talk import (
+    FAILED,
+    INTERRUPTED,
+    SKIPPED,
+    USAGE,
+    Talk,
+    drop,
+    help_width,
+    prepare_streams,
+)
 from kvmlaunch.errors import FormatError, IoctlError, KvmLaunchError, MissingCapability
 from kvmlaunch.version import __version__
 
-__all__ = ["run_command"]
+__all__ = ["parse_command", "run_command"]
 
 _COMMANDS = (
     *("run", "measure", "inspect", "verify", "bisect"),
@@ -30,10 +40,14 @@ exit codes:
 """
 
 
-def run_command(argv: Sequence[str]) -> int:
-    """Run one command; returns its exit code."""
+def parse_command(argv: Sequence[str]) -> argparse.Namespace:
+    """The command that ``argv`` names, and its options; with its module imported."""
     prepare_streams()
-    args = _parser(argv).parse_args(argv)
+    return _parser(argv).parse_args(argv)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run one command; returns its exit code."""
     talk = Talk(quiet=args.quiet, verbose=args.verbose)
     try:
         code = int(args.command(args, talk))
@@ -77,7 +91,7 @@ def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         prog="kvmlaunch",
         description="Launch, measure, debug and test AMD SEV-SNP guests on Linux/KVM.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=help_width()),
     )
     parser.add_argument("--version", action="version", version=f"kvmlaunch {__version__}")
     parser.add_argument("-q", "--quiet", action="store_true", help="say only what went wrong")

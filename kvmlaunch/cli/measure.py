@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import base64
 from collections.abc import Iterable
+from functools import partial
 
 from kvmlaunch.abi.digest import format_digest, parse_digest
 from kvmlaunch.abi.page import Buffer, PageType
@@ -22,7 +22,7 @@ from kvmlaunch.cli.options import (
     plan_from,
     refuse_overwriting,
 )
-from kvmlaunch.cli.talk import DONE, FAILED, Talk
+from kvmlaunch.cli.talk import DONE, FAILED, Talk, help_width
 from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, load_image
@@ -39,6 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "measure",
         help="print the launch digest",
         description="Predict the SNP launch digest of an image. Needs no SNP host, no root.",
+        formatter_class=partial(argparse.HelpFormatter, width=help_width()),
     )
     add_image_options(parser)
     add_mode_options(parser)
@@ -156,8 +157,12 @@ def _check_no_log(args: argparse.Namespace, mode: str) -> None:
 
 
 def _print_digest(digest: bytes, args: argparse.Namespace) -> None:
-    base64_asked = args.output_format == "base64"
-    print(base64.b64encode(digest).decode() if base64_asked else digest.hex())
+    if args.output_format == "base64":
+        import base64
+
+        print(base64.b64encode(digest).decode())
+    else:
+        print(digest.hex())
 
 
 def _vmsas(plan: LaunchPlan) -> Iterable[Buffer]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-from pathlib import Path
-from typing import Any
 
 from kvmlaunch.abi.digest import parse_digest
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images.options import COMPAT
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "LEGACY_MODES",
@@ -103,7 +105,7 @@ def _vars_size(args: argparse.Namespace) -> int:
 def _size_of(path: str) -> int:
     """Bytes of a file, also of one that only tells them when it is read."""
     try:
-        with Path(path).open("rb", buffering=0) as file:
+        with open(path, "rb", buffering=0) as file:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
                 return os.lseek(file.fileno(), 0, os.SEEK_END)

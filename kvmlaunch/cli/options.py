@@ -6,8 +6,6 @@ import argparse
 import os
 import re
 
-from kvmlaunch.abi.blob import parse_blob
-from kvmlaunch.abi.policy import GuestPolicy, parse_policy
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
 from kvmlaunch.cli.mode_options import mode_choices
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsas_from
@@ -15,7 +13,6 @@ from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmmProfile, load_image, load_vmm
 from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES, ORDERS
 from kvmlaunch.images.vmm import BUILT_IN
-from kvmlaunch.launch.files import read_small
 
 __all__ = [
     "add_image_options",
@@ -257,6 +254,8 @@ def size(text: str) -> int:
 
 
 def _policy(text: str) -> int:
+    from kvmlaunch.abi.policy import GuestPolicy, parse_policy
+
     policy = parse_policy(text)
     GuestPolicy.from_int(policy)
     return policy
@@ -297,6 +296,9 @@ def _blob(path: str | None, length: int, what: str) -> bytes | None:
     """A small binary file, raw, hex or base64."""
     if path is None:
         return None
+    from kvmlaunch.abi.blob import parse_blob
+    from kvmlaunch.launch.files import read_small
+
     data = read_small(path, _BLOB_MOST)
     try:
         return parse_blob(data, length, what)

@@ -6,7 +6,10 @@ import io
 import os
 import sys
 import time
-from typing import TextIO
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import TextIO
 
 __all__ = [
     "DONE",
@@ -17,6 +20,7 @@ __all__ = [
     "USAGE",
     "Talk",
     "drop",
+    "help_width",
     "prepare_streams",
 ]
 
@@ -44,6 +48,20 @@ def prepare_streams() -> None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def help_width() -> int:
+    """Columns for help, as argparse has it from shutil, whose import takes longer than a parser.
+
+    It asks for each argument that is added.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns) - 2
+    try:
+        return (os.get_terminal_size(1).columns or 80) - 2
+    except OSError:
+        return 80 - 2
 
 
 class Talk:

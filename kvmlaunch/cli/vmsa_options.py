@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.cli.talk import Talk
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode, to_sync
 
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from kvmlaunch.uapi import Proposal
 
 __all__ = ["add_proposal_option", "add_vmsa_options", "as_asked", "proposal_from", "vmsas_from"]
@@ -124,14 +126,14 @@ def _choice(text: str) -> VmsaChoice:
         vcpu=None if vcpu.lower() == "none" else int(vcpu),
         gpa=None if gpa is None else _number(gpa),
     )
-    return replace(choice, page=_page(path), origin=Path(path).name) if path else choice
+    return replace(choice, page=_page(path), origin=os.path.basename(path)) if path else choice
 
 
 def _page(path: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             page = file.read(PAGE_SIZE + 1)
-            size = len(page) if len(page) <= PAGE_SIZE else max(Path(path).stat().st_size, 4097)
+            size = len(page) if len(page) <= PAGE_SIZE else max(os.path.getsize(path), 4097)
     except OSError as error:
         raise ImageError(path, f"can't be read: {error.strerror}") from None
     if size != PAGE_SIZE:

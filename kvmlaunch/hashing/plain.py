@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
-from kvmlaunch.abi.digest import DIGEST_SIZE
+from kvmlaunch.abi.digest import DIGEST_SIZE, sha384
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer
 from kvmlaunch.hashing.hasher import RECORD_SIZE, Hasher
 
@@ -17,10 +15,9 @@ class PlainHasher(Hasher):
     name = "hashlib"
 
     def _contents(self, data: memoryview, out: memoryview, threads: int) -> None:
-        sha384 = hashlib.sha384
         for number, at in enumerate(range(0, data.nbytes, PAGE_SIZE)):
             to = number * DIGEST_SIZE
-            out[to : to + DIGEST_SIZE] = sha384(data[at : at + PAGE_SIZE]).digest()
+            out[to : to + DIGEST_SIZE] = sha384(data[at : at + PAGE_SIZE])
 
     def _chain(
         self,
@@ -51,10 +48,9 @@ class PlainHasher(Hasher):
         out: memoryview,
         threads: int,
     ) -> None:
-        sha384 = hashlib.sha384
         current = bytes(digest)
         for number, at in enumerate(range(0, data.nbytes, PAGE_SIZE)):
-            page = sha384(data[at : at + PAGE_SIZE]).digest()
+            page = sha384(data[at : at + PAGE_SIZE])
             current = _step(current, page, info, gpa + at)
             to = number * RECORD_SIZE
             out[to : to + RECORD_SIZE] = page + current
@@ -63,4 +59,4 @@ class PlainHasher(Hasher):
 
 def _step(current: bytes, contents: Buffer, info: bytes, gpa: int) -> bytes:
     """SHA-384 of PAGE_INFO, see `kvmlaunch.abi.digest`."""
-    return hashlib.sha384(b"".join((current, contents, info, gpa.to_bytes(8, "little")))).digest()
+    return sha384(b"".join((current, contents, info, gpa.to_bytes(8, "little"))))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
 
+from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.plan import (
@@ -23,6 +22,10 @@ from kvmlaunch.images.plan import (
 from kvmlaunch.images.source import ImageSource
 from kvmlaunch.images.vmm import VmmProfile
 from kvmlaunch.images.vmsas import VmsaChoice
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
 
 __all__ = [
     "COMPAT",

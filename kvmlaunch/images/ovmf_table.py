@@ -8,8 +8,7 @@ All of this is untrusted input: every length and offset is checked before it is 
 from __future__ import annotations
 
 import struct
-import uuid
-from dataclasses import dataclass
+from collections import namedtuple
 
 from kvmlaunch.images.source import ImageSource
 
@@ -29,14 +28,14 @@ __all__ = [
     "words",
 ]
 
-FOOTER_GUID = uuid.UUID("96b582de-1fb2-45f7-baea-a366c55a082d")
-RESET_BLOCK_GUID = uuid.UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
-SECRET_AREA_GUID = uuid.UUID("4c2eb361-7d9b-4cc3-8081-127c90d3d294")
-HASH_TABLE_GUID = uuid.UUID("7255371f-3a3b-4b04-927b-1da6efa8d454")
-METADATA_GUID = uuid.UUID("dc886566-984a-4798-a75e-5585a7bf67cc")
-TDX_METADATA_GUID = uuid.UUID("e47a6535-984a-4798-865e-4685a7bf8ec2")
-SVSM_INFO_GUID = uuid.UUID("a789a612-0597-4c4b-a49f-cbb1fe9d1ddd")
-IGVM_HINTS_GUID = uuid.UUID("784fa70e-3176-4677-8a20-04b68699e374")
+FOOTER_GUID = "96b582de-1fb2-45f7-baea-a366c55a082d"
+RESET_BLOCK_GUID = "00f771de-1a7e-4fcb-890e-68c77e2fb44e"
+SECRET_AREA_GUID = "4c2eb361-7d9b-4cc3-8081-127c90d3d294"
+HASH_TABLE_GUID = "7255371f-3a3b-4b04-927b-1da6efa8d454"
+METADATA_GUID = "dc886566-984a-4798-a75e-5585a7bf67cc"
+TDX_METADATA_GUID = "e47a6535-984a-4798-865e-4685a7bf8ec2"
+SVSM_INFO_GUID = "a789a612-0597-4c4b-a49f-cbb1fe9d1ddd"
+IGVM_HINTS_GUID = "784fa70e-3176-4677-8a20-04b68699e374"
 
 _NAMES = {
     FOOTER_GUID: "table footer",
@@ -65,11 +64,10 @@ _TABLE_TAIL = 32  # bytes between the table and the image's end
 GOOD_BUILDS = "use a build that supports SEV-SNP (Debian's OVMF.fd or OVMF.amdsev.fd)"
 
 
-@dataclass(frozen=True)
-class OvmfEntry:
+class OvmfEntry(namedtuple("OvmfEntry", "guid name offset size")):
     """An entry of the GUIDed table: ``offset`` and ``size`` are those of its data."""
 
-    guid: uuid.UUID
+    guid: str
     name: str
     offset: int
     size: int
@@ -79,8 +77,7 @@ class OvmfEntry:
         return f"{self.name} ({self.guid})"
 
 
-@dataclass(frozen=True)
-class OvmfSection:
+class OvmfSection(namedtuple("OvmfSection", "index offset gpa size type")):
     """A section of the SEV metadata; ``offset`` is where the image describes it."""
 
     index: int
@@ -104,8 +101,7 @@ class OvmfSection:
         return f"metadata section {self.index} ({self.label}, {self.gpa:#x}..{self.end:#x})"
 
 
-@dataclass(frozen=True)
-class OvmfTables:
+class OvmfTables(namedtuple("OvmfTables", "entries sections reset_eip hash_base hash_size")):
     """What an OVMF image says about itself.
 
     Attributes: ``entries`` (from the footer downwards, without the footer),
@@ -120,7 +116,7 @@ class OvmfTables:
     hash_base: int
     hash_size: int
 
-    def find(self, guid: uuid.UUID) -> OvmfEntry | None:
+    def find(self, guid: str) -> OvmfEntry | None:
         """The entry with that GUID, or None."""
         return next((entry for entry in self.entries if entry.guid == guid), None)
 
@@ -130,7 +126,7 @@ def has_table(source: ImageSource) -> bool:
     size = len(source.data)
     return (
         size >= _TABLE_TAIL + _TRAILER.size
-        and source.data[size - 48 : size - 32] == FOOTER_GUID.bytes_le
+        and _guid(source.data[size - 48 : size - 32]) == FOOTER_GUID
     )
 
 
@@ -170,13 +166,13 @@ def _walk_table(source: ImageSource) -> tuple[OvmfEntry, ...]:
             f"the GUIDed table's size {table_size:#x} is less than its footer or beyond the image",
             offset=end,
         )
-    entries: dict[uuid.UUID, OvmfEntry] = {}
+    entries: dict[str, OvmfEntry] = {}
     while end > start:
         trailer = end - _TRAILER.size
         if trailer < start:
             raise source.fail("a GUIDed table entry begins before its table", offset=start)
         length, raw = _TRAILER.unpack_from(source.data, trailer)
-        guid = uuid.UUID(bytes_le=raw)
+        guid = _guid(raw)
         entry = OvmfEntry(guid, _NAMES.get(guid, "unknown"), end - length, length - _TRAILER.size)
         if length < _TRAILER.size or entry.offset < start:
             raise source.fail(
@@ -189,6 +185,12 @@ def _walk_table(source: ImageSource) -> tuple[OvmfEntry, ...]:
         entries[guid] = entry
         end = entry.offset
     return tuple(entries.values())
+
+
+def _guid(raw: bytes | memoryview) -> str:
+    """A GUID as text; its first three numbers are little-endian in the image."""
+    first, second, third = struct.unpack_from("<IHH", raw)
+    return f"{first:08x}-{second:04x}-{third:04x}-{raw[8:10].hex()}-{raw[10:].hex()}"
 
 
 def words(source: ImageSource, entry: OvmfEntry, count: int) -> tuple[int, ...]:

@@ -13,9 +13,9 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
-from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 

@@ -11,10 +11,12 @@ import mmap
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 from kvmlaunch.errors import ImageError
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import BinaryIO
 
 __all__ = ["ImageSource", "ViewStream", "forget", "open_image"]
 
@@ -65,7 +67,7 @@ def open_image(path: str | os.PathLike[str]) -> ImageSource:
     """Map ``path`` read-only. Raises ImageError if it can't be read or is empty."""
     name = os.fspath(path)
     try:
-        with Path(name).open("rb") as file:
+        with open(name, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if (stat.S_ISREG(mode) and os.fstat(file.fileno()).st_size) or stat.S_ISBLK(mode):
                 return _mapped(file, name)

@@ -7,9 +7,9 @@ of its values; :mod:`~.vmm_file` describes the format.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.vmsa import Vmsa
@@ -22,7 +22,7 @@ BUILT_IN = (
 )
 """Names of the profiles in the package."""
 
-_FOLDER = Path(__file__).parent / "vmms"
+_FOLDER = os.path.join(os.path.dirname(__file__), "vmms")
 _SIZE_MOST = 1 << 20
 
 
@@ -118,7 +118,7 @@ def load_vmm(name: str) -> VmmProfile:
     Raises FormatError for a name that isn't known, ImageError for a file that breaks a rule.
     """
     if name.lower().endswith(".json") or "/" in name:
-        return _read(Path(name), name)
+        return _read(name, name)
     known = {built_in.lower(): built_in for built_in in BUILT_IN}
     if found := known.get(name.lower()):
         return _built_in(found)
@@ -133,14 +133,14 @@ def load_vmm(name: str) -> VmmProfile:
 
 @functools.cache
 def _built_in(name: str) -> VmmProfile:
-    return _read(_FOLDER / f"{name}.json", name)
+    return _read(os.path.join(_FOLDER, f"{name}.json"), name)
 
 
-def _read(path: Path, name: str) -> VmmProfile:
+def _read(path: str, name: str) -> VmmProfile:
     from kvmlaunch.images.vmm_file import parse_vmm
 
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             raw = file.read(_SIZE_MOST + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else None

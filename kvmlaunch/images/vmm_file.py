@@ -31,7 +31,6 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping
-from typing import Any
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.reset import BSP_EIP
@@ -40,6 +39,10 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.images.ovmf_table import SECTION_TYPES
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
 from kvmlaunch.images.vmm import BUILT_IN, VcpuStart, VmmProfile, load_vmm
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["FORMAT", "parse_vmm"]
 

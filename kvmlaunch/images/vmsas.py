@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from kvmlaunch.abi.kvm_sync import not_carried, synced
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
@@ -122,7 +122,7 @@ def check_vmsas(plan: LaunchPlan) -> None:
             )
 
 
-class SyncFallback(NamedTuple):
+class SyncFallback(namedtuple("SyncFallback", "plan lost dropped")):
     """A plan whose VMSAs were turned into register state.
 
     ``lost``: (vCPU, field) where KVM will measure (``b``) something else than the VMSA holds

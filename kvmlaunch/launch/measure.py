@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from kvmlaunch import hashing
 from kvmlaunch.abi.digest import DIGEST_SIZE
@@ -15,7 +15,10 @@ from kvmlaunch.hashing import RECORD_SIZE
 from kvmlaunch.images.plan import LaunchPlan, PageRange
 from kvmlaunch.images.source import forget
 from kvmlaunch.images.vmsas import finish_vmsas
-from kvmlaunch.launch.records import PageRecord
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from kvmlaunch.launch.records import PageRecord
 
 __all__ = [
     "Measurement",
@@ -31,8 +34,7 @@ _FAULT_PAGES = 128  # for each place: where one page is touched, the kernel maps
 _CHUNK_PAGES = 2048  # hashed in one go: what of a mapped file is in memory at a time
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(namedtuple("Measurement", "digest pages")):
     """A predicted launch digest: ``digest`` (48 bytes) and the number of ``pages``."""
 
     digest: bytes
@@ -76,6 +78,13 @@ class Predictor:
             gpa = step.gpa + first * PAGE_SIZE
             self._digest = self._hasher.extend(self._digest, step.type, gpa, data, count)
             self._seq += count
+
+    def extend_vmsa(self, plan: LaunchPlan, vmsa: Vmsa) -> None:
+        """Add a VMSA that SNP_LAUNCH_FINISH measures, and leave no record."""
+        self._digest = self._hasher.extend(
+            self._digest, PageType.VMSA, plan.vmsa_gpa, vmsa.encode(), 1
+        )
+        self._seq += 1
 
     def batch(
         self, step: PageRange, index: int, count: int, vcpu: int | None = None
@@ -127,6 +136,8 @@ class Predictor:
         label: str,
         vcpu: int | None,
     ) -> list[PageRecord]:
+        from kvmlaunch.launch.records import PageRecord  # the digest alone needs none
+
         found = self._hasher.records(self._digest, type_, gpa, data, npages)
         records = [
             PageRecord(
@@ -171,8 +182,8 @@ def measure(plan: LaunchPlan) -> Measurement:
     predictor = Predictor(start=plan.start_digest)
     for step in plan.steps:
         predictor.extend(step)
-    for _ in finish_records(plan, predictor):
-        pass
+    for _, vmsa in finish_vmsas(plan):
+        predictor.extend_vmsa(plan, vmsa)
     return Measurement(predictor.digest, predictor.pages)
 
 

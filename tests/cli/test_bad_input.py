@@ -6,6 +6,7 @@ import base64
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,12 +128,16 @@ def test_image_that_may_not_be_read_is_refused(
 ) -> None:
     halt.chmod(0)
 
-    def refuse(self: Path, *args: object) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path: object, *args: Any) -> Any:
+        if path == str(halt):
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *args)
+
+    opened = open
 
     with contextlib.suppress(PermissionError):
         halt.read_bytes()  # as root may: then only a fake refuses
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr("builtins.open", refuse)
     assert refused(cli("measure", halt)) == f"{halt}: can't be read: Permission denied"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import uuid
 from typing import Any
 
 import pytest
@@ -111,10 +110,10 @@ def test_tables_when_build_has_no_sev_entries_are_empty() -> None:
 def test_tables_when_entry_is_foreign_are_still_read() -> None:
     guid = "11111111-2222-3333-4444-555555555555"
     tables = parse_table(ImageSource.of(ovmf(entries=[entry_bytes(guid, b"?" * 5)])))
-    found = tables.find(uuid.UUID(guid))
+    found = tables.find(guid)
     assert found is not None
     assert (found.name, found.size) == ("unknown", 5)
-    assert tables.find(uuid.UUID(GUID_RESET)) is None
+    assert tables.find(GUID_RESET) is None
 
 
 def test_firmware_when_there_is_no_table_is_refused() -> None:

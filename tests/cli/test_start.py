@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,22 +10,13 @@ from pathlib import Path
 import pytest
 
 import kvmlaunch
+from kvmlaunch.cli.talk import help_width
 from tests.images.builders import ovmf
 
 # What measuring firmware has no use for, and what takes longer than the measurement.
 IDLE = {
-    *(
-        "base64",
-        "difflib",
-        "hashlib",
-        "pathlib",
-        "platform",
-        "shutil",
-        "tempfile",
-        "typing",
-        "uuid",
-    ),
-    *("kvmlaunch.abi.policy", "kvmlaunch.launch.legacy", "kvmlaunch.launch.pagelog"),
+    *("base64", "difflib", "hashlib", "pathlib", "platform", "shutil", "tempfile", "typing"),
+    *("uuid", "kvmlaunch.abi.policy", "kvmlaunch.launch.legacy", "kvmlaunch.launch.pagelog"),
     *("kvmlaunch.launch.records", "kvmlaunch.launch.sync_fallback"),
     *("kvmlaunch.images.elf", "kvmlaunch.images.flat", "kvmlaunch.images.ovmf_hashes"),
     *("kvmlaunch.images.svsm", "kvmlaunch.images.pvh"),
@@ -52,13 +44,8 @@ def imported(*args: object) -> set[str]:
         "    code = end.code\n"
         "print(code, *sorted(set(sys.modules) - before), file=sys.stderr)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=30,
-    )
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     code, *modules = done.stderr.splitlines()[-1].split()
     assert code == "0"
     return set(modules)
@@ -93,3 +80,32 @@ def test_help_of_a_command_imports_no_other(command: str) -> None:
     others = {"run", "measure", "inspect", "selftest"} - {command}
     modules = imported(command, "--help")
     assert {f"kvmlaunch.cli.{name}" for name in others} & modules == set()
+
+
+@pytest.mark.parametrize(
+    ("call", "answer"),
+    [
+        pytest.param("main()", "True True", id="the process's own command"),
+        pytest.param("main(sys.argv[1:])", "True False", id="a command of another program"),
+    ],
+)
+def test_collector_when_a_command_has_run_is_on(halt: Path, call: str, answer: str) -> None:
+    program = (
+        "import gc, sys; from kvmlaunch.cli import main\n"
+        f"sys.argv = ['kvmlaunch', 'measure', {str(halt)!r}]\n"
+        f"{call}; print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.splitlines()[1:] == [answer]
+
+
+@pytest.mark.parametrize("columns", ["50", "0", "-1", "x", "", None])
+def test_width_of_help_is_that_of_argparse(
+    columns: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert help_width() == shutil.get_terminal_size().columns - 2

@@ -127,8 +127,8 @@ MUTANTS = (
     Mutant(
         "a VMSA has INIT2's features",
         "sev",
-        "init.vmsa_features | _SNP_ACTIVE",
-        "_SNP_ACTIVE",
+        "init.vmsa_features | profile.forced_vmsa_features",
+        "profile.forced_vmsa_features",
         "golden.*debug-swap",
     ),
     Mutant(

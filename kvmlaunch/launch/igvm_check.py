@@ -47,7 +47,7 @@ class Finding(NamedTuple):
     rule: str
 
     def __str__(self) -> str:
-        return f"{'refused' if self.refused else 'warning'} by {self.by}: {self.rule}"
+        return f"{'refused by' if self.refused else 'differs in'} {self.by}: {self.rule}"
 
 
 def check(
@@ -209,11 +209,8 @@ def _parameter(file: IgvmFile, item: Item) -> Iterator[tuple[str, Finding]]:
         if item.value.byte_offset:
             rule = f"{item}: writes it to the area's start instead of {item.value.byte_offset:#x}"
             yield "map-offset", Finding(False, "QEMU", rule)
-        rule = (
-            f"{item}: the map has all RAM, pages that the file launches included, which the guest "
-            "must not validate again"
-        )
-        yield "map", Finding(False, "guests", rule)
+        rule = f"{item}: it has all RAM, also pages that are launched and so validated already"
+        yield "map", Finding(False, "a guest's memory map", rule)
 
 
 def _context(file: IgvmFile, item: Item) -> Iterator[tuple[str, Finding]]:

@@ -480,7 +480,11 @@ WARNED: dict[str, tuple[tuple[f.Header, ...], str, str]] = {
         "QEMU",
         "writes it to the area's start instead of 0x18",
     ),
-    "map": ((f.area(0), f.parameter(0x30C, 0), f.insert(0x1000, 0)), "guests", "validate again"),
+    "map": (
+        (f.area(0), f.parameter(0x30C, 0), f.insert(0x1000, 0)),
+        "a guest's memory map",
+        "so validated already",
+    ),
     "gpa": ((f.context(0x5000, 0x1000),), "QEMU", "a VMSA at GPA 0x5000, it wants 0xfffffffff000"),
     "several": (
         (f.context(0x5000, 0x1000), f.context(0x6000, 0x1000, 1)),

@@ -75,6 +75,12 @@ def test_measure_of_firmware_imports_nothing_idle(tmp_path: Path) -> None:
     assert modules & (HEAVY | IDLE) <= {"_cffi_backend"}
 
 
+def test_igvm_show_and_build_import_no_host(halt: Path, tmp_path: Path) -> None:
+    file = tmp_path / "halt.igvm"
+    for words in (("igvm", "build", halt, "-o", file), ("igvm", "show", file)):
+        assert HEAVY & imported("-q", *words) <= {"_cffi_backend"}
+
+
 @pytest.mark.parametrize("command", ["run", "measure", "inspect", "selftest"])
 def test_help_of_a_command_imports_no_other(command: str) -> None:
     others = {"run", "measure", "inspect", "selftest"} - {command}

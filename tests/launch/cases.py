@@ -7,10 +7,17 @@ from typing import Any
 from kvmlaunch.abi.segment import Segment
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.images import LaunchPlan, PlanOptions, load_image
+from tests.images import igvm_files as f
 from tests.images.builders import Seg, elf64, ovmf, pvh_note
 from tests.launch.rig import reset_state
 
 FLAT = bytes(range(256)) * 40
+IGVM = (
+    *(f.platform(), f.area(0, 0x2000), f.parameter(0x307, 0), f.context(0x9000, 0x1000)),
+    *(f.page(0x1000, 0), f.page(0x2000), f.page(0x3000, kind=1), f.page(0x4000, kind=2)),
+    *(f.page(0x5000, 0, flags=2), f.insert(0x20000, 0), f.page(0x8000, 0, flags=4)),
+    *(f.page(0xFFFFF000, 0), f.error_range(0xA000, 0x1000), f.page(0x6000, 0)),
+)
 IMAGES: dict[str, tuple[bytes, dict[str, Any]]] = {
     "real-mode": (FLAT, {}),
     "real-mode-above-64k": (FLAT, {"load_addr": 0x20000}),
@@ -19,6 +26,7 @@ IMAGES: dict[str, tuple[bytes, dict[str, Any]]] = {
     "elf": (elf64([Seg(0x100000, FLAT, memsz=0x8000), Seg(0x180123, b"data" * 99)]), {}),
     "elf-pvh": (elf64([Seg(0x100000, FLAT, memsz=0x8000), pvh_note(0x100010)]), {}),
     "ovmf": (ovmf(), {}),
+    "igvm": (f.igvm(IGVM, FLAT[:4096] + f.vmsa(rbx=7)), {"order": "kvm"}),
 }
 
 

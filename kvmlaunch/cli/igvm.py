@@ -222,9 +222,10 @@ def _build(args: argparse.Namespace, talk: Talk) -> int:
         args.output, made, areas, version=args.igvm_version, native_zero=args.keep_zero
     )
     talk.say(f"{args.output}: {written} bytes")
-    for line in describe_change(plan, made):
+    digest = measure(made).digest
+    for line in describe_change(plan, made, digest):
         talk.say(line)
-    print(measure(made).digest.hex())
+    print(digest.hex())
     return DONE
 
 

@@ -19,11 +19,11 @@ __all__ = ["describe_change", "write_igvm"]
 _MODE = 0o666
 
 
-def describe_change(plan: LaunchPlan, made: LaunchPlan) -> Iterator[str]:
-    """What the file's launch has otherwise than the image's, a sentence each."""
-    before, after = measure(plan).digest, measure(made).digest
-    if before == after:
+def describe_change(plan: LaunchPlan, made: LaunchPlan, after: bytes) -> Iterator[str]:
+    """What the file's launch, with its digest, has otherwise than the image's; a sentence each."""
+    if made.steps == plan.steps:
         return
+    before = measure(plan).digest
     yield f"the image's launch digest is {before.hex()}, the file's {after.hex()}:"
     pages = {
         name: sum(step.npages for step in steps if step.type is PageType.ZERO)

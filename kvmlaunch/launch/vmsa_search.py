@@ -34,12 +34,16 @@ def guess_vmsas(before: Sequence[Vmsa], expected: Vmsa, others: Sequence[Vmsa]) 
 
     ``others``: VMSAs of the plan's other vCPUs. No guess comes twice.
     """
-    seen = {expected.encode()}
+    seen = {_pages((*before, expected))}
+    for guess in _all_guesses(before, expected, others):
+        pages = _pages(guess.vmsas)
+        if pages not in seen:
+            seen.add(pages)
+            yield guess
+
+
+def _all_guesses(before: Sequence[Vmsa], expected: Vmsa, others: Sequence[Vmsa]) -> Iterator[Guess]:
     for why, vmsa in _instead(expected, others):
-        page = vmsa.encode()
-        if page in seen:
-            continue
-        seen.add(page)
         changes = tuple(
             f"{field.name} (offset {field.offset:#x}): {_value(field.a)} predicted, "
             f"{_value(field.b)} measured"
@@ -53,6 +57,10 @@ def guess_vmsas(before: Sequence[Vmsa], expected: Vmsa, others: Sequence[Vmsa]) 
     for vmsa in _distinct(kvm_untouched(sev_features=expected.sev_features), expected, *others):
         yield Guess((*before, expected, vmsa), "the host measures one VMSA more behind it")
         yield Guess((*before, vmsa, expected), "the host measures one VMSA more before it")
+
+
+def _pages(vmsas: Sequence[Vmsa]) -> tuple[bytes, ...]:
+    return tuple(vmsa.encode() for vmsa in vmsas)
 
 
 def guess_unasked(others: Sequence[Vmsa], sev_features: int) -> Iterator[Guess]:

@@ -98,7 +98,7 @@ def _verify(args: argparse.Namespace, talk: Talk) -> int:
         verdict = verify(plan, oracle)
         known = verdict.answer is not Answer.UNKNOWN
         log.finish(verdict.digest, pages, agrees=verdict.answer is Answer.RIGHT if known else None)
-    where = bisect_vmsas(plan, oracle, verdict) if verdict.answer is Answer.DIFFERS else None
+    where = bisect_vmsas(plan, oracle) if verdict.answer is Answer.DIFFERS else None
     if args.json:
         event: dict[str, Any] = {
             "answer": str(verdict.answer),

@@ -22,7 +22,7 @@ from kvmlaunch.launch.measure import page_records
 from kvmlaunch.launch.oracle import Answer, Oracle, Reply
 from kvmlaunch.launch.prefix import prefix, section
 from kvmlaunch.launch.records import PageRecord
-from kvmlaunch.launch.verify import Verdict, conclude
+from kvmlaunch.launch.verify import conclude
 from kvmlaunch.launch.vmsa_search import Guess, guess_unasked, guess_vmsas
 
 __all__ = ["Bisection", "bisect", "bisect_vmsas"]
@@ -74,12 +74,11 @@ def bisect(
     return search.guarded(search.run)
 
 
-def bisect_vmsas(plan: LaunchPlan, oracle: Oracle, verdict: Verdict) -> Bisection:
-    """After a verdict that says "differs": whether the pages do, and if not, which VMSA.
+def bisect_vmsas(plan: LaunchPlan, oracle: Oracle) -> Bisection:
+    """Of a launch whose digest differs: whether the pages do, and if not, which VMSA.
 
     Leaves the search among the pages to `bisect`.
     """
-    assert verdict.answer is Answer.DIFFERS
     search = _Search(plan, oracle, lambda *_: None)
     return search.guarded(search.run_vmsas)
 

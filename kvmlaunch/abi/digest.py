@@ -200,8 +200,9 @@ def _check_type(page_type: int) -> None:
         raise FormatError(f"page type {page_type} is not one of 1 to 6")
 
 
-_HEX = re.compile(r"(?:0[xX])?([0-9a-fA-F]{96})")
-_BARE_HEX = re.compile(r"(?:0[xX])?[0-9a-fA-F]+")
+# Compiled when they are needed.
+_HEX = r"(?:0[xX])?([0-9a-fA-F]{96})"
+_BARE_HEX = r"(?:0[xX])?[0-9a-fA-F]+"
 
 
 def parse_digest(text: str) -> bytes:
@@ -214,10 +215,10 @@ def parse_digest(text: str) -> bytes:
         FormatError: anything else.
     """
     text = text.strip()
-    if found := _HEX.fullmatch(text):
+    if found := re.fullmatch(_HEX, text):
         return bytes.fromhex(found[1])
     # 64 hex digits are base64 of 48 bytes too, but what was pasted is a SHA-256.
-    if _BARE_HEX.fullmatch(text):
+    if re.fullmatch(_BARE_HEX, text):
         digits = len(text.lower().removeprefix("0x"))
         raise FormatError(f"a launch digest has 96 hex digits, this has {digits}")
     import base64
@@ -229,7 +230,7 @@ def parse_digest(text: str) -> bytes:
         raw = b""
     if len(raw) == DIGEST_SIZE:
         return raw
-    if found := _HEX.fullmatch(raw.decode("latin-1").strip()):
+    if found := re.fullmatch(_HEX, raw.decode("latin-1").strip()):
         return bytes.fromhex(found[1])
     raise FormatError("a launch digest is 96 hex digits, or base64 of 48 bytes or of the digits")
 

@@ -27,7 +27,7 @@ from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, load_image
 from kvmlaunch.images.options import lacks_snp_active
-from kvmlaunch.images.vmsas import finish_vmsas
+from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.launch.measure import firmware_digest, measure, page_records
 
 __all__ = ["add_parser"]

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_SIZE = r"(?i)^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$"
 _BLOB_MOST = 1 << 16
 _INPUTS = (
     *("image", "ovmf", "igvm", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file"),
@@ -247,7 +247,7 @@ def number(text: str) -> int:
 
 def size(text: str) -> int:
     """A size in bytes: 4096, 512M, 2G, 0x100000."""
-    match = _SIZE.match(text)
+    match = re.match(_SIZE, text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size, as 512M or 2G")
     return int(match[1], 0) * _SUFFIXES[match[2].upper()]

@@ -10,23 +10,22 @@ from dataclasses import replace
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.cli.talk import Talk
 from kvmlaunch.errors import FormatError, ImageError
-from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode, to_sync
+from kvmlaunch.images import LaunchPlan, VmsaMode
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from kvmlaunch.images import VmsaChoice
     from kvmlaunch.uapi import Proposal
 
 __all__ = ["add_proposal_option", "add_vmsa_options", "as_asked", "proposal_from", "vmsas_from"]
 
-_VMSA = re.compile(
-    r"(?P<file>.*?)(?::(?P<vcpu>\d+|none))?(?:@(?P<gpa>0x[0-9a-f]+|\d+))?",
-    re.IGNORECASE | re.DOTALL,
-)
-_EDIT = re.compile(r"(?:(?P<vcpu>\d+):)?(?P<field>[a-z0-9_.]+)=(?P<value>.+)", re.IGNORECASE)
+# Compiled when they are needed.
+_VMSA = r"(?is)(?P<file>.*?)(?::(?P<vcpu>\d+|none))?(?:@(?P<gpa>0x[0-9a-f]+|\d+))?"
+_EDIT = r"(?i)(?:(?P<vcpu>\d+):)?(?P<field>[a-z0-9_.]+)=(?P<value>.+)"
 _Edits: TypeAlias = dict[int, list[tuple[str, int | bytes]]]
-_NUMBER = re.compile(r"0x[0-9a-f]+|\d+", re.IGNORECASE)
+_NUMBER = r"(?i)0x[0-9a-f]+|\d+"
 
 
 def add_vmsa_options(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +71,7 @@ def vmsas_from(args: argparse.Namespace) -> tuple[VmsaChoice, ...]:
     wanted = ([0] if args.vmsa_gpa is not None else []) + sorted(edits)
     for vcpu in wanted:
         if not any(choice.vcpu == vcpu for choice in choices):
-            choices.append(VmsaChoice(vcpu=vcpu))
+            choices.append(_choice(f":{vcpu}"))
     return tuple(_finished(choice, args.vmsa_gpa, edits) for choice in choices)
 
 
@@ -80,6 +79,7 @@ def as_asked(plan: LaunchPlan, args: argparse.Namespace, talk: Talk) -> LaunchPl
     """The plan in mode sync where that was asked for, with what it changes said."""
     if args.vmsa_mode != "sync" or plan.vmsa_mode is VmsaMode.SYNC:
         return plan
+    from kvmlaunch.images import to_sync
     from kvmlaunch.launch.sync_fallback import describe_fallback
 
     fallback = to_sync(plan)
@@ -119,7 +119,9 @@ def _finished(choice: VmsaChoice, gpa: int | None, edits: _Edits) -> VmsaChoice:
 
 
 def _choice(text: str) -> VmsaChoice:
-    match = _VMSA.fullmatch(text)
+    from kvmlaunch.images import VmsaChoice
+
+    match = re.fullmatch(_VMSA, text)
     assert match is not None  # a FILE may be anything
     path, vcpu, gpa = match["file"], match["vcpu"] or "0", match["gpa"]
     choice = VmsaChoice(
@@ -142,7 +144,7 @@ def _page(path: str) -> bytes:
 
 
 def _edit(text: str) -> tuple[int, str, int | bytes]:
-    match = _EDIT.fullmatch(text)
+    match = re.fullmatch(_EDIT, text)
     if match is None:
         raise FormatError(f"--set-vmsa {text}: not [VCPU:]FIELD=VALUE")
     field, value = match["field"].lower(), match["value"]
@@ -151,7 +153,7 @@ def _edit(text: str) -> tuple[int, str, int | bytes]:
             return int(match["vcpu"] or 0), field, bytes.fromhex(value.removeprefix("0x"))
         except ValueError:
             raise FormatError(f"--set-vmsa {text}: {value!r} is not hex") from None
-    if not _NUMBER.fullmatch(value):
+    if not re.fullmatch(_NUMBER, value):
         raise FormatError(f"--set-vmsa {text}: {value!r} is not a number")
     return int(match["vcpu"] or 0), field, _number(value)
 
@@ -161,6 +163,6 @@ def _number(text: str) -> int:
 
 
 def _gpa(text: str) -> int:
-    if not _NUMBER.fullmatch(text):
+    if not re.fullmatch(_NUMBER, text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return _number(text)

@@ -12,7 +12,10 @@ from kvmlaunch.images.ovmf_table import has_table
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece, VmsaMode
 from kvmlaunch.images.source import ImageSource, open_image
 from kvmlaunch.images.vmm import VmmProfile, load_vmm
-from kvmlaunch.images.vmsas import SyncFallback, VmsaChoice, supply_vmsas, to_sync
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from kvmlaunch.images.vmsas import SyncFallback, VmsaChoice, to_sync
 
 __all__ = [
     "ImageSource",
@@ -36,6 +39,12 @@ _LOADERS = ("elf", "flat", "igvm", "ovmf")  # modules; an image needs one of the
 _NOT_YET = {"linux": "Linux kernels (bzImage)"}
 
 _DEFAULTS = PlanOptions()
+
+
+def __getattr__(name: str) -> object:
+    if name not in ("SyncFallback", "VmsaChoice", "to_sync"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("kvmlaunch.images.vmsas"), name)
 
 
 def load_image(
@@ -78,6 +87,8 @@ def _with_vmsas(plan: LaunchPlan, options: PlanOptions) -> LaunchPlan:
         return plan
     if plan.vmsa_mode is not VmsaMode.SYNC and not options.vmsas:
         return replace(plan, vmsa_mode=mode)
+    from kvmlaunch.images.vmsas import VmsaChoice, supply_vmsas
+
     return supply_vmsas(plan, mode, options.vmsas or (VmsaChoice(),), forced=options.forced)
 
 

@@ -21,11 +21,12 @@ from kvmlaunch.images.plan import (
 )
 from kvmlaunch.images.source import ImageSource
 from kvmlaunch.images.vmm import VmmProfile
-from kvmlaunch.images.vmsas import VmsaChoice
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
+
+    from kvmlaunch.images.vmsas import VmsaChoice
 
 __all__ = [
     "COMPAT",

@@ -10,6 +10,7 @@ import enum
 import itertools
 from abc import abstractmethod
 from bisect import bisect_right
+from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -59,8 +60,7 @@ class VmsaMode(str, enum.Enum):
         return self.value
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(namedtuple("Piece", "offset data origin file_offset", defaults=(0,))):
     """Bytes inside a PageRange.
 
     Attributes: ``offset`` (bytes from the range's start), ``data`` (a view),
@@ -69,9 +69,9 @@ class Piece:
     """
 
     offset: int
-    data: memoryview = field(repr=False)
+    data: memoryview
     origin: str
-    file_offset: int = 0
+    file_offset: int
 
     @property
     def end(self) -> int:
@@ -138,7 +138,7 @@ class PageRange:
                 skipped = low - piece.offset
                 data = piece.data[skipped : high - piece.offset]
                 at = piece.file_offset + skipped
-                pieces.append(replace(piece, offset=low - start, data=data, file_offset=at))
+                pieces.append(piece._replace(offset=low - start, data=data, file_offset=at))
         return replace(self, gpa=self.gpa + start, size=stop - start, pieces=tuple(pieces))
 
     def page(self, index: int) -> memoryview:

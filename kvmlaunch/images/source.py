@@ -10,7 +10,7 @@ import io
 import mmap
 import os
 import stat
-from dataclasses import dataclass
+from collections import namedtuple
 
 from kvmlaunch.errors import ImageError
 
@@ -28,8 +28,7 @@ class _FileMap(mmap.mmap):
     """A mapping of `open_image`: shared and read-only, so that its file has all it holds."""
 
 
-@dataclass(frozen=True)
-class ImageSource:
+class ImageSource(namedtuple("ImageSource", "name data")):
     """The bytes of one image and the name to use in messages.
 
     Attributes: ``name`` (path as the user gave it, or ``<bytes>``), ``data``

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -26,8 +27,7 @@ _FOLDER = os.path.join(os.path.dirname(__file__), "vmms")
 _SIZE_MOST = 1 << 20
 
 
-@dataclass(frozen=True)
-class VcpuStart:
+class VcpuStart(namedtuple("VcpuStart", "registers eip signature", defaults=(None, False))):
     """A vCPU's state before its start address and its CPU's signature are known.
 
     Attributes: ``registers``; ``eip``, the start address, or None for that of the
@@ -35,8 +35,8 @@ class VcpuStart:
     """
 
     registers: Vmsa
-    eip: int | None = None
-    signature: bool = False
+    eip: int | None
+    signature: bool
 
     def at(self, eip: int, *, signature: int, sev_features: int) -> Vmsa:
         """The state in real mode at ``eip`` (32 bits)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from kvmlaunch.abi.kvm_sync import not_carried, synced
@@ -17,7 +17,6 @@ __all__ = [
     "SyncFallback",
     "VmsaChoice",
     "check_vmsas",
-    "finish_vmsas",
     "supply_vmsas",
     "to_sync",
 ]
@@ -26,22 +25,6 @@ BUILT = "kvmlaunch:vmsa"
 """Origin of a VMSA that was built from a vCPU's state."""
 
 _LARGE_PAGE = 2 << 20
-
-
-def finish_vmsas(plan: LaunchPlan) -> Iterator[tuple[int, Vmsa]]:
-    """(vCPU, VMSA) that SNP_LAUNCH_FINISH measures: in mode ``sync`` one per vCPU, else none.
-
-    Raises FormatError for a state that KVM would refuse.
-    """
-    if plan.vmsa_mode is not VmsaMode.SYNC:
-        return
-    before = vmsa = None
-    for vcpu, state in enumerate(plan.vcpus):
-        if vmsa is None or state is not before:
-            made = state if plan.as_given else synced(state, sev_features=plan.sev_features)
-            # A SEV_FEATURES word that no KVM measures (bit 0 is clear) was asked for as it is.
-            before, vmsa = state, made.replace(sev_features=plan.sev_features)
-        yield vcpu, vmsa
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kvmlaunch.abi.digest import LaunchDigest
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.images.plan import LaunchPlan
-from kvmlaunch.images.vmsas import finish_vmsas
+from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.launch.measure import page_records
 from kvmlaunch.launch.oracle import Answer, Oracle, Reply
 from kvmlaunch.launch.prefix import prefix, section

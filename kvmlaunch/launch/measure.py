@@ -14,7 +14,7 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.hashing import RECORD_SIZE
 from kvmlaunch.images.plan import LaunchPlan, PageRange
 from kvmlaunch.images.source import forget
-from kvmlaunch.images.vmsas import finish_vmsas
+from kvmlaunch.images.sync_vmsas import finish_vmsas
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:

@@ -25,8 +25,9 @@ from kvmlaunch.images.options import PlanOptions
 from kvmlaunch.images.ovmf_pages import in_order
 from kvmlaunch.images.ovmf_table import parse_table
 from kvmlaunch.images.source import ImageSource, forget
+from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.images.vmm import VmmProfile
-from kvmlaunch.images.vmsas import finish_vmsas, supply_vmsas
+from kvmlaunch.images.vmsas import supply_vmsas
 
 __all__ = ["FIRMWARE", "NOT_LAUNCHED", "Changes", "Variants", "asked_profile"]
 

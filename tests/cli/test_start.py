@@ -19,7 +19,9 @@ IDLE = {
     *("uuid", "kvmlaunch.abi.policy", "kvmlaunch.launch.legacy", "kvmlaunch.launch.pagelog"),
     *("kvmlaunch.launch.records", "kvmlaunch.launch.sync_fallback"),
     *("kvmlaunch.images.elf", "kvmlaunch.images.flat", "kvmlaunch.images.ovmf_hashes"),
-    *("kvmlaunch.images.svsm", "kvmlaunch.images.pvh"),
+    *("kvmlaunch.images.svsm", "kvmlaunch.images.pvh", "kvmlaunch.images.igvm"),
+    *("kvmlaunch.images.vmsas", "kvmlaunch.launch.explain", "kvmlaunch.launch.files"),
+    "kvmlaunch.abi.blob",
 }
 
 HEAVY = {

@@ -90,7 +90,7 @@ def test_guest_when_features_lack_snp_active_is_refused() -> None:
 @pytest.mark.parametrize("features", [0, 0x20, 0xFFFF_FFFF_FFFF_FFFE])
 def test_features_when_they_lack_snp_active_are_measured_as_given(features: int) -> None:
     """The only difference to the same with bit 0 is that field."""
-    from kvmlaunch.images.vmsas import finish_vmsas
+    from kvmlaunch.images.sync_vmsas import finish_vmsas
 
     ((_, vmsa),) = finish_vmsas(ovmf_plan(None, sev_features=features))
     ((_, usual),) = finish_vmsas(ovmf_plan(None, sev_features=1))

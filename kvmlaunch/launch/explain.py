@@ -18,8 +18,8 @@ from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.images.vmm_file import FORMAT
-from kvmlaunch.images.vmsas import finish_vmsas
 from kvmlaunch.launch.deviations import (
     VMM,
     Asked,

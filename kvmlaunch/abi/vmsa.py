@@ -84,6 +84,7 @@ class Vmsa:
 
     Raises:
         FormatError: a value doesn't fit its field, which is named.
+        TypeError: there is no such field.
     """
 
     es: Segment = _seg(0x000)
@@ -196,7 +197,7 @@ class Vmsa:
         values.update(_DEFAULTS)
         for name, value in fields.items():
             if name not in _DEFAULTS:
-                raise TypeError(f"a VMSA has no field {name!r}")
+                raise TypeError(f"Vmsa has no field {name!r}")
             kind, size = type(_DEFAULTS[name]), _SIZES[name]
             if kind is bytes:
                 value = sized_bytes(name, value, size)

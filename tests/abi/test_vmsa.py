@@ -339,3 +339,16 @@ def test_describe_sev_features_names_set_bits() -> None:
         "bit 5 debug_swap",
         "bit 40 reserved",
     ]
+
+
+def test_vmsa_with_unknown_field_is_refused() -> None:
+    with pytest.raises(TypeError, match="no field 'rpi'"):
+        Vmsa(rpi=1)
+
+
+def test_vmsas_are_equal_when_all_their_bytes_are() -> None:
+    one, other = Vmsa(rip=1), Vmsa(cs=Segment(), rip=1)
+    assert (one == other, hash(one) == hash(other)) == (True, True)
+    assert Vmsa(rip=1) != Vmsa(rip=2)
+    assert Vmsa(reserved=((0x700, b"\x01"),)) != Vmsa()
+    assert Vmsa() != Vmsa().encode()

@@ -11,7 +11,8 @@ from elftools.elf.elffile import ELFFile
 
 from kvmlaunch.abi.segment import Segment
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode, supply_vmsas
+from kvmlaunch.images import LaunchPlan, VmsaChoice, VmsaMode
+from kvmlaunch.images.vmsas import supply_vmsas
 from kvmlaunch.selftest import payloads
 from kvmlaunch.sim import SimPlatform
 from tests.host import require_simulated_cpu

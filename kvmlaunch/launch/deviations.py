@@ -51,6 +51,7 @@ _FPU = {
 }
 _CBITS = (47, 51)
 _KVM_RDX = 0x600
+_HELPERS = ("page-tables", "start-info")
 
 _SNP_ACTIVE = 1 << SEV_FEATURES["snp_active"]
 _DEBUG_SWAP = 1 << SEV_FEATURES["debug_swap"]
@@ -159,6 +160,12 @@ class Asked:
         return self.plan.sev_features if self.synced else self.state.sev_features
 
     @property
+    def behind(self) -> bool:
+        """Whether pages follow a VMSA, as an IGVM file may have them."""
+        kinds = [step.type for step in self.plan.steps]
+        return PageType.VMSA in kinds[:-1] and kinds[-1] is not PageType.VMSA
+
+    @property
     def synced(self) -> bool:
         """Whether KVM makes the VMSAs."""
         return self.plan.vmsa_mode is VmsaMode.SYNC
@@ -214,7 +221,7 @@ def _features_cause(asked: Asked, value: int) -> Cause:
 
 
 def _signatures(asked: Asked) -> Iterable[int]:
-    if any(step.label in ("page-tables", "start-info") for step in asked.steps):
+    if any(step.label in _HELPERS for step in asked.steps) or asked.plan.image_type == "igvm":
         return []  # only a reset puts it into RDX
     tried = dict.fromkeys((*VCPU_TYPES.values(), _KVM_RDX, 0))
     return [value for value in tried if value != asked.options.signature]
@@ -302,12 +309,14 @@ def _mode_cause(asked: Asked, mode: str) -> Cause:
 def _places(asked: Asked) -> Iterable[str]:
     # Nothing can be before pages that only a digest is known of.
     first = [] if any(asked.plan.start_digest) else ["first"]
+    if asked.plan.image_type == "igvm":
+        return [*first, "last"] if asked.behind else first
     return first + ["before-metadata"] * (asked.plan.image_type == "ovmf")
 
 
 def _place_cause(asked: Asked, place: str) -> Cause:
-    found = "first" if place == "first" else "behind firmware, before metadata"
-    return Cause("place of the VMSAs", found, "last")
+    found = "behind firmware, before metadata" if place == "before-metadata" else place
+    return Cause("place of the VMSAs", found, "the file's" if asked.behind else "last")
 
 
 # Pages
@@ -317,7 +326,9 @@ def _orders(asked: Asked) -> Iterable[tuple[str, ...] | str]:
     if asked.plan.image_type == "ovmf":
         return [order for order in _ORDERS if asked.firmware and order != asked.order]
     gpas = [step.gpa for step in asked.steps]
-    orders = {"ascending": sorted(gpas), "image-first": [*gpas[1:], *gpas[:1]]}
+    orders = {"ascending": sorted(gpas)}
+    if asked.steps and asked.steps[0].label in _HELPERS:
+        orders["image-first"] = [*gpas[1:], *gpas[:1]]
     found: dict[tuple[int, ...], str] = {}
     for name, order in orders.items():
         if order != gpas:
@@ -328,7 +339,8 @@ def _orders(asked: Asked) -> Iterable[tuple[str, ...] | str]:
 def _order_cause(asked: Asked, order: tuple[str, ...] | str) -> Cause:
     if isinstance(order, str):
         found = {"ascending": "ascending GPAs", "image-first": "the image, then what it needs"}
-        return Cause("order of pages", found[order], "what the image needs, then the image")
+        before = "the file's" if asked.plan.image_type == "igvm" else "those it needs, then others"
+        return Cause("order of pages", found[order], before)
     profile = asked.profiled(pages=list(order))
     before = ", ".join(asked.order)
     return Cause("order of pages", ", ".join(order), before, profile=profile)
@@ -433,6 +445,17 @@ def _cbit_cause(asked: Asked, bit: int) -> Cause:
     return Cause("position of the C-bit", str(bit), str(asked.plan.cbitpos), why, option)
 
 
+def _native_zero(asked: Asked) -> Iterable[bool]:
+    return [not asked.options.native_zero] if asked.plan.image_type == "igvm" else []
+
+
+def _native_zero_cause(asked: Asked, native: bool) -> Cause:
+    found, before = ("ZERO", "NORMAL") if native else ("NORMAL", "ZERO")
+    why = "loaders differ in what they make of them"
+    option = "--native-zero" if native else "without --native-zero"
+    return Cause("pages without data", found, before, why, option)
+
+
 # What is asked after most goes first.
 _TABLE = (
     Dimension("sev_features", _features, _features_cause, vmsa=True),
@@ -442,6 +465,7 @@ _TABLE = (
     Dimension("vmsa_gpa", _vmsa_gpas, _vmsa_gpa_cause),
     Dimension("kernel", _kernels, _kernel_cause),
     Dimension("cbit", _cbits, _cbit_cause, vmsa=True),
+    Dimension("native_zero", _native_zero, _native_zero_cause),
     Dimension("mode", _modes, _mode_cause),
     Dimension("zero", _zero_types, _zero_cause),
     Dimension("order", _orders, _order_cause),

@@ -165,7 +165,7 @@ def _launches(asked: Asked, rows: Sequence[_Row]) -> Iterator[tuple[dict[str, An
     # Another number of vCPUs is one more change, but costs next to nothing.
     for number in range(len(rows) + 1):
         counts = _counts(asked, number)
-        for chosen in _chosen(rows, number):
+        for chosen in _chosen(asked, rows, number):
             costly = any(row.costly for row, _ in chosen)
             few = (len(asked.plan.vcpus),) if costly and number > 1 else counts
             for changes in _products(chosen):
@@ -176,9 +176,9 @@ def _counts(asked: Asked, changes: int) -> Sequence[int]:
     return vcpu_counts(asked, None if changes < _FEW else _USUAL_VCPUS)
 
 
-def _chosen(rows: Sequence[_Row], number: int) -> Iterator[tuple[_Row, ...]]:
+def _chosen(asked: Asked, rows: Sequence[_Row], number: int) -> Iterator[tuple[_Row, ...]]:
     for chosen in combinations(rows, number):
-        if number <= 2 or not any(row.costly for row, _ in chosen):
+        if number <= 2 or not (asked.behind or any(row.costly for row, _ in chosen)):
             yield chosen
 
 
@@ -198,7 +198,7 @@ def _number(asked: Asked, rows: Sequence[_Row], most: int) -> int:
     total = 0
     for number in range(len(rows) + 1):
         counts = len(_counts(asked, number))
-        for chosen in _chosen(rows, number):
+        for chosen in _chosen(asked, rows, number):
             total += prod(len(values) for _, values in chosen) * counts
             if total >= most:
                 return most
@@ -228,8 +228,11 @@ def _suspects(asked: Asked) -> tuple[str, ...]:
         found.append("the bytes of --kernel and --initrd, and --append")
     elif any(step.label == "kernel-hashes" for step in asked.steps):
         found.append("a kernel, initrd and command line whose hashes were launched (--kernel)")
-    if plan.image_type != "ovmf":
+    if plan.image_type in ("flat", "elf"):
         found.append("--load-addr, --entry and --memory, which say what goes where")
-    found.append("a VMM that sets registers or orders pages in a way of its own (--vmm-type FILE)")
+    elif plan.image_type == "igvm":
+        found.append("--order, in which a loader takes the file's directives")
+    option = " (--vmm-type FILE)" if asked.profile else ""
+    found.append(f"a VMM that sets registers or orders pages in a way of its own{option}")
     found.append("other numbers of vCPUs, CPU signatures or SEV_FEATURES than those tried")
     return tuple(found)

@@ -45,7 +45,7 @@ _NO_DIGEST = bytes(0x30)
 _FIELDS = {field.name: field for field in VMSA_FIELDS}
 _PLACES = 64  # VMSA pages of user space, at most
 _STATE = ("vmm", "sev_features", "signature", "fpu", "cbit", "mode")
-_NO_LAYOUT = {*_STATE, "vmsa_gpa"} - {"vmm", "cbit"}
+_NO_LAYOUT = {*_STATE, "vmsa_gpa"} - {"vmm", "cbit", "mode"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +77,11 @@ class _Chain(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The digest before the VMSAs, and the parts behind them."""
+    """The digest before the VMSAs, the parts behind them, and those after each but the last."""
 
     digest: bytes
     behind: tuple[_Part, ...]
+    between: tuple[tuple[_Part, ...], ...] = ()
 
 
 class Variants:
@@ -98,7 +99,6 @@ class Variants:
         self._tables = None
         if self._profile is not None:
             self._tables = parse_table(ImageSource(plan.image, plan.data))
-        self._steps = [step for step in plan.steps if step.type is not PageType.VMSA]
         self._vmsas = [step for step in plan.steps if step.type is PageType.VMSA]
         self._parts: dict[tuple[Any, ...], _Part] = {}
         self._digests: dict[tuple[bytes, _Part], bytes] = {}
@@ -124,7 +124,11 @@ class Variants:
         if chain.fixed:
             asked = len(self._plan.vcpus)
             if asked in counts:
-                digest = _extended(layout.digest, chain.infos)
+                digest = layout.digest
+                for number, info in enumerate(chain.infos):
+                    digest = _extended(digest, (info,))
+                    if number < len(layout.between):
+                        digest = self._extended(digest, layout.between[number])
                 yield asked, self._extended(digest, layout.behind)
             return
         digest, done, last = layout.digest, 0, len(chain.infos)
@@ -153,12 +157,14 @@ class Variants:
 
     def _layout(self, changes: Changes) -> _Layout | None:
         vmm = _vmm(changes)
+        if self._mode(changes) == "given" and not changes.keys() & {"vmm", "order", "place"}:
+            return self._interleaved(changes)
         steps = self._ordered(changes, vmm)
         place = changes.get("place")
         at = len(steps)
         if place == "first":
             at = 0
-        elif place is not None:
+        elif place == "before-metadata":
             at = next((n for n, step in enumerate(steps) if step.label not in FIRMWARE), 0)
             if not at and not any(self._plan.start_digest):
                 return None  # that is first
@@ -166,16 +172,43 @@ class Variants:
         behind = [part for step in steps[at:] if (part := self._part(step, changes, vmm))]
         return _Layout(self._extended(self._plan.start_digest, before), tuple(behind))
 
+    def _interleaved(self, changes: Changes) -> _Layout:
+        """With VMSAs where the plan has them."""
+        runs: list[list[_Part]] = [[]]
+        for step in self._steps_of(changes, vmsas=True):
+            if step.type is PageType.VMSA:
+                runs.append([])
+            elif part := self._part(step, changes, None):
+                runs[-1].append(part)
+        before, *between = runs
+        behind = between.pop() if between else []
+        digest = self._extended(self._plan.start_digest, before)
+        return _Layout(digest, tuple(behind), tuple(map(tuple, between)))
+
+    def _steps_of(self, changes: Changes, *, vmsas: bool = False) -> list[PageRange]:
+        steps = self._other_zeros if "native_zero" in changes else self._plan.steps
+        return [step for step in steps if vmsas or step.type is not PageType.VMSA]
+
+    @functools.cached_property
+    def _other_zeros(self) -> tuple[PageRange, ...]:
+        """The steps of an IGVM file whose pages without data have the other type."""
+        from kvmlaunch.images.igvm.plan import load
+
+        source = ImageSource(self._plan.image, self._plan.data)
+        other = replace(self._options, native_zero=not self._options.native_zero)
+        return load(source, other).steps
+
     def _ordered(self, changes: Changes, vmm: VmmProfile | None) -> list[PageRange]:
         order = changes.get("order") or (vmm.pages if vmm else None)
+        steps = self._steps_of(changes)
         if order is None:
-            return self._steps
+            return steps
         if order == "ascending":
-            return sorted(self._steps, key=lambda step: step.gpa)
+            return sorted(steps, key=lambda step: step.gpa)
         if order == "image-first":
-            return [*self._steps[1:], self._steps[0]]
-        firmware = [step for step in self._steps if step.label in FIRMWARE]
-        sections = [step for step in self._steps if step.label not in FIRMWARE]
+            return [*steps[1:], steps[0]]
+        firmware = [step for step in steps if step.label in FIRMWARE]
+        sections = [step for step in steps if step.label not in FIRMWARE]
         if self._tables is not None:  # the plan's order may be another than the table's
             gpas = [section.gpa for section in self._tables.sections]
             sections.sort(key=lambda step: gpas.index(step.gpa))
@@ -194,7 +227,7 @@ class Variants:
         kind = self._kind(step, changes, vmm) if left_out or not step.pieces else step.type
         if kind == NOT_LAUNCHED:
             return None
-        key = (step.gpa, kind, left_out, page)
+        key = (step.gpa, step.npages, kind, left_out, page)
         if key not in self._parts:
             if left_out or page is not None:
                 pieces = () if page is None else (Piece(0, memoryview(page), step.origin),)
@@ -311,7 +344,7 @@ class Variants:
         if "fpu" in changes:
             fields["mxcsr"], fields["x87_fcw"] = changes["fpu"]
         if "cbit" in changes:
-            tables = next(step for step in self._steps if step.label == "page-tables")
+            tables = next(step for step in self._plan.steps if step.label == "page-tables")
             fields["cr3"] = tables.gpa | 1 << changes["cbit"]
         if base is None or not fields:
             return base

@@ -33,7 +33,7 @@ from kvmlaunch.images import VmsaChoice
 from kvmlaunch.launch import variants
 from kvmlaunch.launch.deviations import Asked, dimensions
 from kvmlaunch.launch.explain import Explanation
-from tests.images import published
+from tests.images import igvm_files, published
 from tests.images.builders import (
     AMDSEV_SECTIONS,
     GUID_SVSM,
@@ -635,6 +635,69 @@ def test_svsm_when_sev_snp_measure_says_otherwise_is_explained(
     assert "--compat sev-snp-measure" in str(found).splitlines()[0]
 
 
+# IGVM files, whose VMSAs may be anywhere
+
+
+def igvm_file(options: PlanOptions, *, early: bool) -> tuple[LaunchPlan, list[Page]]:
+    """Two pages with data around one without, and a VMSA; and what is launched."""
+    state = igvm_files.vmsa()
+    vmsa = igvm_files.context(0xFF000, 2 * PAGE)
+    pages = [igvm_files.page(0x1000, 0), igvm_files.page(0x2000), igvm_files.page(0x3000, PAGE)]
+    found: list[Page] = [
+        (NORMAL, 0x1000, igvm_files.pattern(1)),
+        (NORMAL, 0x2000, bytes(PAGE)),
+        (NORMAL, 0x3000, igvm_files.pattern(2)),
+    ]
+    at = 1 if early else 3
+    pages.insert(at, vmsa)
+    found.insert(at, (VMSA_TYPE, 0xFF000, state))
+    data = igvm_files.pattern(1) + igvm_files.pattern(2) + state
+    image = igvm_files.igvm([igvm_files.platform(), *pages], data)
+    return load_image(image, options), found
+
+
+IGVM: dict[str, tuple[Callable[[list[Page]], list[Page]], set[tuple[str, str]]]] = {
+    "nothing": (lambda pages: pages, set()),
+    "features": (
+        lambda pages: [
+            (kind, gpa, patched(data or b"", {SEV_FEATURES: b"\x21"}) if kind == 2 else data)
+            for kind, gpa, data in pages
+        ],
+        {("SEV_FEATURES", "0x21")},
+    ),
+    "native-zero": (
+        lambda pages: [(ZERO, gpa, None) if gpa == 0x2000 else (k, gpa, d) for k, gpa, d in pages],
+        {("pages without data", "ZERO")},
+    ),
+    "vmsa-first": (
+        lambda pages: sorted(pages, key=lambda page: page[0] != VMSA_TYPE),
+        {("place of the VMSAs", "first")},
+    ),
+}
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("planted", IGVM)
+def test_igvm_when_it_was_launched_otherwise_is_explained(planted: str, early: bool) -> None:
+    change, expected = IGVM[planted]
+    options = PlanOptions()
+    plan, pages = igvm_file(options, early=early)
+    assert tried_for(chain(change(pages)), plan, options) == expected
+
+
+def test_igvm_when_its_vmsa_came_last_is_explained() -> None:
+    options = PlanOptions()
+    plan, pages = igvm_file(options, early=True)
+    digest = chain(sorted(pages, key=lambda page: page[0] == VMSA_TYPE))
+    assert tried_for(digest, plan, options) == {("place of the VMSAs", "last")}
+
+
+def test_igvm_when_its_zeros_were_normal_is_explained() -> None:
+    options = PlanOptions(native_zero=True)
+    plan, pages = igvm_file(options, early=True)
+    assert tried_for(chain(pages), plan, options) == {("pages without data", "NORMAL")}
+
+
 # VMSA modes
 
 
@@ -708,6 +771,14 @@ def test_suspects_when_nothing_is_found_are_those_of_the_launch(
 ) -> None:
     found = explain_digest(load_image(AMDSEV, options), bytes(48), options, most=100)
     assert suspect in found.suspects
+
+
+def test_suspects_when_the_image_is_an_igvm_file_are_its_own() -> None:
+    plan, _ = igvm_file(PlanOptions(), early=True)
+    found = explain_digest(plan, bytes(48))
+    assert found.complete
+    assert "--order, in which a loader takes the file's directives" in found.suspects
+    assert not any("--load-addr" in text or "--vmm-type" in text for text in found.suspects)
 
 
 def test_search_when_it_meets_its_limit_says_so() -> None:

@@ -13,7 +13,7 @@ from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.reset import kvm_untouched
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.images import LaunchPlan
-from kvmlaunch.images.vmsas import finish_vmsas
+from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.launch.bisect import Bisection, bisect
 from kvmlaunch.launch.oracle import Answer, Oracle, Reply
 from kvmlaunch.launch.vmsa_search import guess_unasked, guess_vmsas

@@ -25,11 +25,16 @@ from kvmlaunch.cli.key_options import (
     identity_from,
     signers_from,
 )
-from kvmlaunch.cli.options import add_image_options, add_launch_options, plan_from
+from kvmlaunch.cli.options import (
+    add_image_options,
+    add_launch_options,
+    plan_from,
+    refuse_overwriting,
+)
 from kvmlaunch.cli.talk import DONE, Talk
 from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.errors import FormatError
-from kvmlaunch.launch.files import same_file, write_files
+from kvmlaunch.launch.files import write_files
 
 __all__ = ["add_parser"]
 
@@ -164,11 +169,8 @@ def _digest(args: argparse.Namespace, talk: Talk) -> tuple[bytes, int]:
 def _write(args: argparse.Namespace, block: bytes, auth: bytes, talk: Talk) -> None:
     folder = Path(args.out_dir or ".")
     files = {str(folder / _BLOCK): block, str(folder / _AUTH): auth}
-    inputs = (args.image, args.ovmf, args.from_log, args.id_key, args.author_key)
     for path in files:
-        for given in inputs:
-            if given is not None and same_file(path, given):
-                raise FormatError(f"{path} would overwrite {given}, which is read")
+        refuse_overwriting(path, "--out-dir:", args)
     os.makedirs(folder, exist_ok=True)
     if args.output_format == "base64":
         files = {path: base64.b64encode(data) + b"\n" for path, data in files.items()}

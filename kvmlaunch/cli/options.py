@@ -29,7 +29,7 @@ _SIZE = r"(?i)^(\d+|0x[0-9a-f]+)([KMGT]?)(?:i?B)?$"
 _BLOB_MOST = 1 << 16
 _INPUTS = (
     *("image", "ovmf", "igvm", "id_block", "id_auth", "kernel", "initrd", "svsm", "vars_file"),
-    *("id_key", "author_key"),
+    *("id_key", "author_key", "id_key_passphrase", "author_key_passphrase", "from_log"),
 )
 _OUTPUTS = ("log", "trace_out", "report_out", "chain_out", "output")
 _QEMU = "QEMU"
@@ -208,7 +208,7 @@ def _vmm(name: str) -> VmmProfile | None:
 
 
 def refuse_overwriting(path: str, option: str, args: argparse.Namespace) -> None:
-    """Raise FormatError if ``path`` is a file that the launch reads."""
+    """Raise FormatError if ``path`` is a file that is read."""
     inputs = (getattr(args, name, None) for name in _INPUTS)
     files = [*inputs, *(vmsa.split(":")[0].split("@")[0] for vmsa in args.vmsa)]
     for other in filter(None, files):

@@ -142,10 +142,10 @@ class _Search:
         npages, right = self.plan.npages, self._pages_right
         first = self._first_alone()
         if not right(first):
-            # It depends on the pages before, or the host measures something else in any case.
-            wrong = _first_wrong(first, right) if first else 0
-            if wrong <= 1 and (not first or not right(0)):
+            if not first:
                 return self._unasked()
+            # It takes the pages before. The first of them are right: launched alone, too.
+            wrong = _first_wrong(first, right)
         elif first + 1 < npages and right(first + 1):
             behind = first + 1
             wrong = behind + _first_wrong(npages - behind, lambda n: right(behind + n))

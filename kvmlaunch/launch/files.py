@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvmlaunch.errors import FormatError, ImageError, KvmLaunchError
 
-__all__ = ["read_small", "same_file", "write_files"]
+__all__ = ["read_small", "write_files"]
 
 _MOST = 1 << 16
 
@@ -24,13 +24,6 @@ def read_small(path: str, most: int = _MOST) -> bytes:
     if len(data) > most:
         raise ImageError(path, f"is larger than {most} bytes")
     return data
-
-
-def same_file(one: str, other: str) -> bool:
-    """Whether two paths name one file, which need not be there yet."""
-    if os.path.exists(one) and os.path.exists(other):
-        return os.path.samefile(one, other)
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def write_files(files: Mapping[str, bytes], *, mode: int = 0o644, replace: bool = True) -> None:

@@ -603,7 +603,7 @@ def test_run_with_two_id_blocks_is_refused(
     cli: Cli, halt: Path, keys: tuple[Path, Path], signed: Any
 ) -> None:
     sentence = refused(cli("-q", "run", *SIM, *signed, "--id-key", keys[0], halt))
-    assert sentence.startswith("--id-key makes an ID block")
+    assert sentence == "--id-key makes an ID block: leave out the options about a given one"
 
 
 def test_output_over_a_key_is_refused_and_leaves_it(
@@ -618,6 +618,11 @@ def test_output_over_a_key_is_refused_and_leaves_it(
         done = cli("-q", command, *SIM, "--id-key", keys[0], "--log", keys[0], halt)
         assert "would overwrite" in refused(done)
         assert keys[0].read_bytes() == before
+    (tmp_path / "pass").write_text(SECRET)
+    given = ("--id-key", keys[0], "--id-key-passphrase", tmp_path / "pass")
+    done = cli("-q", "verify", *SIM, *given, "--log", tmp_path / "pass", halt)
+    assert "would overwrite" in refused(done)
+    assert (tmp_path / "pass").read_text() == SECRET
 
 
 def test_nothing_that_is_said_or_logged_has_key_material(

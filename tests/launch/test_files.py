@@ -39,6 +39,18 @@ def test_write_when_files_are_new_makes_all_with_their_mode(tmp_path: Path) -> N
     assert there(tmp_path) == ["a", "b"]
 
 
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o077, 0o600)])
+def test_write_when_anybody_may_read_it_keeps_to_the_umask(
+    tmp_path: Path, umask: int, expected: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        write_files({str(tmp_path / "a"): b"x"})
+    finally:
+        assert os.umask(before) == umask
+    assert mode(tmp_path / "a") == expected
+
+
 def test_write_when_one_is_there_and_may_not_be_replaced_writes_none(tmp_path: Path) -> None:
     (tmp_path / "b").write_bytes(b"old")
     with pytest.raises(FormatError, match="b is there already"):
@@ -283,3 +295,23 @@ def test_log_when_an_event_is_malformed_names_the_line(
         read_log(str(log))
     assert str(caught.value).startswith(f"{log}: line 3: ")
     assert rule in str(caught.value)
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_write_when_the_second_can_not_get_its_name_takes_back_the_first_if_it_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there_before: bool
+) -> None:
+    real, calls = os.replace, []
+
+    def fails_once(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise PermissionError(13, "Permission denied", source, None, target)
+        real(source, target)
+
+    if there_before:
+        (tmp_path / "a").write_bytes(b"old")
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(KvmLaunchError, match="b: Permission denied"):
+        write_files({str(tmp_path / "a"): b"x", str(tmp_path / "b"): b"x"})
+    assert there(tmp_path) == (["a"] if there_before else [])

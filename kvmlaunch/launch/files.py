@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from kvmlaunch.abi.page import Buffer
 from kvmlaunch.errors import FormatError, ImageError, KvmLaunchError
 
 __all__ = ["read_small", "write_files"]
@@ -26,8 +27,10 @@ def read_small(path: str, most: int = _MOST) -> bytes:
     return data
 
 
-def write_files(files: Mapping[str, bytes], *, mode: int = 0o644, replace: bool = True) -> None:
-    """Write all of the files, each by renaming a complete one.
+def write_files(
+    files: Mapping[str, bytes | Iterable[Buffer]], *, mode: int = 0o644, replace: bool = True
+) -> None:
+    """Write all of the files, given whole or in parts, each by renaming a complete one.
 
     With ``replace=False`` nothing is written if one is there already: FormatError. Raises
     KvmLaunchError where a file can't be written; new ones are taken away again then.
@@ -51,26 +54,29 @@ def write_files(files: Mapping[str, bytes], *, mode: int = 0o644, replace: bool 
         _remove(written.values())
 
 
-def _written(path: str, data: bytes, mode: int) -> str:
+def _written(path: str, data: bytes | Iterable[Buffer], mode: int) -> str:
     """A complete file beside ``path``, which nobody else may read before it has its mode."""
     import tempfile  # takes longer to import than a short command does
 
     target = Path(path).resolve()
-    if target.is_dir():
-        raise KvmLaunchError(f"{path}: is a folder")
+    if target.exists() and not target.is_file():
+        raise KvmLaunchError(f"{path}: is {'a folder' if target.is_dir() else 'not a file'}")
     try:
         fd, whole = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:
         raise KvmLaunchError(f"{path}: {error.strerror}") from None
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            file.writelines((data,) if isinstance(data, bytes) else data)
             os.fchmod(fd, mode & ~_umask())
             file.flush()
             os.fsync(fd)
     except OSError as error:
         _remove([whole])
         raise KvmLaunchError(f"{path}: {error.strerror}") from None
+    except BaseException:
+        _remove([whole])
+        raise
     return whole
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from kvmlaunch.abi.page import PageType
-from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.images import LaunchPlan
 from kvmlaunch.images.igvm.build import ParameterChoice, build
+from kvmlaunch.launch.files import write_files
 from kvmlaunch.launch.measure import measure
 
 __all__ = ["describe_change", "write_igvm"]
@@ -47,26 +44,6 @@ def write_igvm(
 
     Raises FormatError for what no file can hold, and KvmLaunchError where it can't be written.
     """
-    return _write_whole(path, build(plan, areas, version=version, native_zero=native_zero))
-
-
-def _write_whole(path: str, parts: Iterable[bytes | memoryview]) -> int:
-    target = Path(path).resolve()
-    if target.exists() and not target.is_file():
-        raise KvmLaunchError(f"{path}: is not a file")
-    size, written = 0, ""
-    try:
-        descriptor, written = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with open(descriptor, "wb") as file:
-            for part in parts:
-                size += file.write(part)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(written, _MODE & ~mask)
-        os.replace(written, target)
-    except OSError as error:
-        raise KvmLaunchError(f"{path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(written)  # there only if something went wrong
-    return size
+    parts = build(plan, areas, version=version, native_zero=native_zero)
+    write_files({path: parts}, mode=_MODE)
+    return os.path.getsize(path)

@@ -349,9 +349,10 @@ def test_build_when_there_is_no_room_leaves_nothing_half_written(
     assert (done.code, len(done.errors)) == (1, 1)
     done = cli("igvm", "build", halt, "-o", tmp_path)
     assert done.code == 1
-    assert done.errors[0].endswith("is not a file")
+    assert done.errors[0].endswith("is a folder")
     full = cli("igvm", "build", halt, "-o", "/dev/full")
     assert full.code == 1
+    assert full.errors == ["kvmlaunch: /dev/full: is not a file"]
     assert sorted(tmp_path.iterdir()) == [halt]
 
 

@@ -60,7 +60,8 @@ class IgvmFile:
     """A file that keeps the format's rules.
 
     Attributes: ``source``, ``header``, ``platforms``, ``counts`` (known headers by type) and
-    ``skipped`` (headers of unknown types that may be left out).
+    ``skipped`` (headers of unknown types that may be left out); ``long_runs``: offset -> number
+    of headers, where many pages continue each other.
     """
 
     source: ImageSource = field(repr=False)
@@ -68,6 +69,7 @@ class IgvmFile:
     platforms: tuple[fmt.SupportedPlatform, ...]
     counts: Mapping[int, int]
     skipped: int
+    long_runs: dict[int, int] = field(repr=False)
 
     @property
     def data_start(self) -> int:
@@ -81,7 +83,7 @@ class IgvmFile:
 
     def runs(self) -> Iterator[Item]:
         """The same with as many pages in one as continue each other."""
-        for number, offset, kind, _, count in _frames(self.source, self.header):
+        for number, offset, kind, _, count in _frames(self.source, self.header, self.long_runs):
             if kind in fmt.LAYOUTS:
                 layout, make = fmt.LAYOUTS[kind]
                 value = make._make(layout.unpack_from(self.source.data, offset + fmt.TLV.size))
@@ -114,7 +116,14 @@ def parse(source: ImageSource) -> IgvmFile:
     _check_checksum(source, header)
     checker = _Checker(source, header)
     checker.run()
-    return IgvmFile(source, header, tuple(checker.platforms), dict(checker.counts), checker.skipped)
+    return IgvmFile(
+        source,
+        header,
+        tuple(checker.platforms),
+        dict(checker.counts),
+        checker.skipped,
+        checker.long_runs,
+    )
 
 
 def _fixed_header(source: ImageSource) -> fmt.FixedHeader:
@@ -184,9 +193,12 @@ def single(item: Item) -> Iterator[Item]:
 
 
 def _frames(
-    source: ImageSource, header: fmt.FixedHeader
+    source: ImageSource, header: fmt.FixedHeader, long_runs: dict[int, int]
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """(number, offset, type, length, count) of every variable header; see `Item`."""
+    """(number, offset, type, length, count) of every variable header; see `Item`.
+
+    ``long_runs`` is filled by the first walk, and spares the next ones to count them again.
+    """
     data, at = source.data, header.variable_offset
     end = at + header.variable_size
     number, unpack, prefix = 0, fmt.TLV.unpack_from, fmt.TLV.size
@@ -207,7 +219,9 @@ def _frames(
             )
         count = 1
         if kind == _PAGE_DATA and size == _PAGE.size:
-            count = _run_length(data, at, end)
+            count = long_runs.get(at) or _run_length(data, at, end)
+            if count >= _RUN_HEADERS:
+                long_runs[at] = count
         yield number, at, kind, length, count
         at += size * count
         number += count
@@ -249,6 +263,7 @@ class _Checker:
         self.platforms: list[fmt.SupportedPlatform] = []
         self.counts: Counter[int] = Counter()
         self.skipped = 0
+        self.long_runs: dict[int, int] = {}
         self._rules: dict[int, Callable[[Item], None]] = {
             HeaderType.SUPPORTED_PLATFORM: self._platform,
             HeaderType.GUEST_POLICY: self._reserved,
@@ -267,7 +282,9 @@ class _Checker:
 
     def run(self) -> None:
         data, prefix = self._source.data, fmt.TLV.size
-        for number, offset, kind, length, count in _frames(self._source, self._header):
+        for number, offset, kind, length, count in _frames(
+            self._source, self._header, self.long_runs
+        ):
             known = fmt.LAYOUTS.get(kind)
             if known is None:
                 self._unknown(number, offset, kind)

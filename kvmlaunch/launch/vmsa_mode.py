@@ -161,7 +161,7 @@ def _measured_only(launch: Started, page: bytes) -> bool:
     try:
         launch.finish(id_block=block, id_auth=bytes(ID_AUTH_SIZE))
     except IoctlError as error:
-        return error.fw_error not in (None, FwStatus.SUCCESS, FwStatus.BAD_MEASUREMENT)
+        return error.fw_error in (FwStatus.INVALID_PARAM, FwStatus.BAD_SIGNATURE)
     return False
 
 

@@ -29,15 +29,18 @@ ANSWERS = """
 channel = connect()
 for line in channel:
     channel.write(line.upper())
+    channel.flush()
 """
 LINES = """
 channel = connect()
 channel.write("one\\ntwo\\n")
+channel.flush()
 console.write("machine: the command ended with 3\\n")
 """
 PANIC = """
 channel = connect()
 channel.write("one\\n")
+channel.flush()
 console.write("[ 1.0] Kernel panic - not syncing: sysrq triggered crash\\n")
 """
 NO_MODULE = 'console.write("machine: insmod kvm.ko failed\\\\n")'

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
@@ -27,6 +28,16 @@ def public_key(private: ec.EllipticCurvePrivateKey, curve: int = 2) -> bytes:
     numbers = private.public_key().public_numbers()
     key = struct.pack("<I", curve) + number(numbers.x) + number(numbers.y)
     return key.ljust(0x404, b"\0")
+
+
+def sec1(private: ec.EllipticCurvePrivateKey, passphrase: bytes | None = None) -> bytes:
+    """A private key as PEM of SEC 1."""
+    encryption: Any = serialization.NoEncryption()
+    if passphrase:
+        encryption = serialization.BestAvailableEncryption(passphrase)
+    return private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, encryption
+    )
 
 
 def sign(private: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:

@@ -58,6 +58,13 @@ def spawn(*args: object, **options: Any) -> Done:
     return Done(done.returncode, out, err)
 
 
+def refused(done: Done) -> str:
+    """The one sentence of a refusal; checks that there is nothing else."""
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("kvmlaunch: ")
+    return done.err.removeprefix("kvmlaunch: ").rstrip("\n")
+
+
 def command(*args: object) -> list[str]:
     """The argument vector of a command as a process."""
     return [sys.executable, "-m", "kvmlaunch.cli", *(str(arg) for arg in args)]
@@ -73,3 +80,12 @@ def events(path: Path) -> list[dict[str, Any]]:
 def page_events(path: Path) -> list[dict[str, Any]]:
     """Only the events that tell what was measured."""
     return [event for event in events(path) if event["event"] in ("page", "vmsa")]
+
+
+def shown(cli: Cli, *args: object) -> dict[str, Any]:
+    """What ``igvm show --json`` says."""
+    done = cli("igvm", "show", "--json", *args)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["schema"] == "kvmlaunch.igvm/1"
+    return found  # type: ignore[no-any-return]

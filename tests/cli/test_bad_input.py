@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.command import Cli, Done
+from tests.cli.command import Cli, refused
 from tests.images.builders import (
     AMDSEV_SECTIONS,
     METADATA_FROM_END,
@@ -24,15 +24,6 @@ from tests.images.builders import (
 COMMANDS = ("measure", "inspect", "run")
 PAGE = 4096
 GOOD_ELF = elf64([Seg(0x100000, b"\xf4" * 16)])
-
-
-def refused(done: Done) -> str:
-    """The one sentence of a refusal; checks that there is nothing else."""
-    assert done.code == 2
-    assert done.out == ""
-    assert done.err.count("\n") == 1
-    assert done.err.startswith("kvmlaunch: ")
-    return done.err.removeprefix("kvmlaunch: ").rstrip("\n")
 
 
 IMAGES = {

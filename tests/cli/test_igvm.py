@@ -8,60 +8,20 @@ import re
 import struct
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.cli.command import Cli, page_events
+from tests.cli.command import Cli, page_events, shown
 from tests.guests import HALT
 from tests.images import igvm_files as f
 
 SIM = ("run", "--platform", "sim")
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
-    """An ID key and an author key, as PEM."""
-    paths = tmp_path / "id.pem", tmp_path / "author.pem"
-    for path in paths:
-        key = ec.generate_private_key(ec.SECP384R1())
-        path.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-    return paths
-
-
-def write(path: Path, *headers: f.Header, data: bytes = b"") -> Path:
-    path.write_bytes(f.igvm([f.platform(), *headers], data))
-    return path
-
-
-@pytest.fixture
-def halting(tmp_path: Path) -> Path:
-    """An IGVM file of one page with HLT whose VMSA is measured before it, at a GPA of its own."""
-    data = HALT.ljust(4096, b"\0") + f.vmsa()
-    headers = (f.policy(0xB0000), f.context(0x5000, 0x1000), f.page(0x1000, 0))
-    return write(tmp_path / "halt.igvm", *headers, data=data)
-
-
 def digest(cli: Cli, *args: object) -> str:
     done = cli("-q", "measure", *args)
     assert (done.code, done.err) == (0, "")
     return done.out.strip()
-
-
-def shown(cli: Cli, *args: object) -> dict[str, Any]:
-    done = cli("igvm", "show", "--json", *args)
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert found["schema"] == "kvmlaunch.igvm/1"
-    return found  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -150,7 +110,7 @@ def test_run_when_the_guest_reads_parameters_gets_the_launch_at_hand(
         *(f.area(0), f.parameter(0x307, 0), f.insert(0x3000, 0), f.page(0x1000, 0)),
         f.context(0x5000, 0x1000),
     )
-    file = write(tmp_path / "count.igvm", *headers, data=code.ljust(4096, b"\0") + f.vmsa())
+    file = f.write(tmp_path / "count.igvm", *headers, data=code.ljust(4096, b"\0") + f.vmsa())
     for vcpus in (3, 4):
         done = cli(*SIM, "--vcpus", vcpus, file)
         assert (done.code, f"code {vcpus} " in done.errors[0]) == (1, True), done.errors
@@ -162,7 +122,7 @@ def test_run_when_a_page_is_shared_with_its_bytes_launches_it_not(cli: Cli, tmp_
         *(f.page(0x1000, 0), f.page(0x6000, 0, flags=4), f.error_range(0x8000, 0x1000)),
         f.context(0x5000, 0x1000),
     )
-    file = write(tmp_path / "shared.igvm", *headers, data=HALT.ljust(4096, b"\0") + f.vmsa())
+    file = f.write(tmp_path / "shared.igvm", *headers, data=HALT.ljust(4096, b"\0") + f.vmsa())
     done = cli(*SIM, file)
     assert done.code == 0
     assert f"launched {file}: 2 pages measured" in done.err
@@ -182,7 +142,7 @@ def test_show_when_orders_differ_says_which_header_is_why(cli: Cli, tmp_path: Pa
         *(f.area(0), f.page(0x1000, 0), f.insert(0x10000, 0), f.context(0x5000, 0x1000)),
         f.page(0x2000, 0),
     )
-    file = write(tmp_path / "orders.igvm", *headers, data=f.pattern(1) + f.vmsa())
+    file = f.write(tmp_path / "orders.igvm", *headers, data=f.pattern(1) + f.vmsa())
     orders = shown(cli, file)["digests"]
     assert [order["order"] for order in orders] == ["file", "kvm", "qemu"]
     assert len({order["digest"] for order in orders}) == 3
@@ -207,7 +167,7 @@ def test_show_when_fields_are_lost_or_vcpus_have_no_context_says_so(
 ) -> None:
     raw = bytearray(f.vmsa())
     raw[0xCB] = 3  # cpl, which KVM takes from SS
-    file = write(tmp_path / "lost.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
+    file = f.write(tmp_path / "lost.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
     (kvm,) = (
         order for order in shown(cli, file, "--vcpus", 2)["digests"] if order["order"] == "kvm"
     )
@@ -222,7 +182,7 @@ def test_show_when_kvm_would_refuse_the_state_has_no_digest_for_it(
 ) -> None:
     raw = bytearray(f.vmsa())
     struct.pack_into("<Q", raw, 0x160, 0x401)  # dr7
-    file = write(tmp_path / "dr7.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
+    file = f.write(tmp_path / "dr7.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
     file_order, kvm, qemu = shown(cli, file)["digests"]
     assert (bool(file_order["digest"]), kvm["digest"], qemu["digest"]) == (True, None, None)
     assert "dr7 0x401 has bits besides 0x400" in kvm["why"][0]
@@ -244,7 +204,7 @@ def test_show_text_has_a_line_for_each_run_of_pages(cli: Cli, tmp_path: Path) ->
         *(f.page(0x1000 * n, 0) for n in range(1, 4)),
         *(f.page(0x4000), (1 << 31 | 0x3FF, b"?")),
     )
-    file = write(tmp_path / "rows.igvm", *headers, data=f.pattern(1))
+    file = f.write(tmp_path / "rows.igvm", *headers, data=f.pattern(1))
     lines = cli("igvm", "show", file).out.splitlines()
     size = file.stat().st_size
     assert lines[:2] == [
@@ -266,7 +226,7 @@ def test_show_text_has_a_line_for_each_run_of_pages(cli: Cli, tmp_path: Path) ->
 
 
 def test_measure_when_pages_have_no_data_may_read_them_as_zero(cli: Cli, tmp_path: Path) -> None:
-    file = write(tmp_path / "zero.igvm", f.page(0x1000), data=bytes(8))
+    file = f.write(tmp_path / "zero.igvm", f.page(0x1000), data=bytes(8))
     assert digest(cli, file) != digest(cli, "--native-zero", file)
     assert shown(cli, file, "--native-zero")["digests"][0]["digest"] == digest(
         cli, "--native-zero", file
@@ -366,174 +326,6 @@ def test_build_when_a_file_is_there_replaces_it_with_the_usual_mode(
     mask = os.umask(0)
     os.umask(mask)
     assert file.stat().st_mode & 0o777 == 0o666 & ~mask
-
-
-# check
-
-
-def checked(cli: Cli, *args: object) -> tuple[int, list[dict[str, Any]]]:
-    done = cli("igvm", "check", "--json", *args)
-    return done.code, json.loads(done.out)["findings"]
-
-
-def rules(findings: list[dict[str, Any]], *, refused: bool) -> list[tuple[str, str]]:
-    return [(found["by"], found["rule"]) for found in findings if found["refused"] is refused]
-
-
-def test_check_when_all_is_well_says_so(cli: Cli, tmp_path: Path) -> None:
-    headers = (f.policy(), f.page(0x1000, 0), f.context(f.KVM_GPA, 0x1000))
-    file = write(tmp_path / "well.igvm", *headers, data=f.pattern(1) + f.vmsa())
-    for profile in ("6.12", "7.0", "vmsa-page", "direct-vmsa"):
-        done = cli("igvm", "check", "--sim", profile, file)
-        assert (done.code, done.out) == (0, "nothing would be refused, and known loaders agree\n")
-
-
-def test_check_when_the_kernel_makes_the_vmsas_names_the_change(cli: Cli, halting: Path) -> None:
-    assert checked(cli, halting)[0] == 0
-    code, findings = checked(cli, "--sim", "6.12", halting)
-    assert code == 1
-    ((by, rule),) = rules(findings, refused=True)
-    assert (by, "the launch digest changes from" in rule) == ("kernel", True)
-
-
-BAD: dict[str, tuple[tuple[f.Header, ...], bytes, str, str]] = {
-    "format": ((f.page(0x1001),), b"", "kvmlaunch", "GPA 0x1001 is not aligned"),
-    "policy": ((f.policy(0),), bytes(8), "firmware", "POLICY_FAILURE: policy 0x0 has bit 17 clear"),
-    "vmpl": ((f.context(0x5000, 0),), f.vmsa(vmpl=1), "kernel", "vmpl is 1, but a guest starts"),
-    "2mib": ((f.context(0x200000, 0),), f.vmsa(), "kernel", "aligned to 2 MiB, where no vCPU"),
-    "features": (
-        (f.context(0x5000, 0),),
-        f.vmsa(sev_features=0x9),
-        "kernel",
-        "KVM_SEV_INIT2: SEV features 0x8 are not among the host's",
-    ),
-    "id-block-version": (
-        (f.policy(), (0x30B, b"\1" + bytes(695))),
-        bytes(8),
-        "firmware",
-        "INVALID_PARAM: the ID block's version is 0, not 1",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_check_when_a_launch_is_refused_names_who_and_by_which_rule(
-    cli: Cli, tmp_path: Path, name: str
-) -> None:
-    headers, data, by, rule = BAD[name]
-    code, findings = checked(cli, write(tmp_path / "bad.igvm", *headers, data=data))
-    assert code == 1
-    assert any(who == by and rule in what for who, what in rules(findings, refused=True))
-
-
-def test_check_when_kvm_refuses_the_registers_names_the_field(cli: Cli, tmp_path: Path) -> None:
-    raw = bytearray(f.vmsa())
-    struct.pack_into("<Q", raw, 0x160, 0x401)  # dr7
-    file = write(tmp_path / "dr7.igvm", f.context(f.KVM_GPA, 0), data=bytes(raw))
-    assert checked(cli, file)[0] == 0
-    code, findings = checked(cli, "--sim", "6.12", file)
-    ((by, rule),) = rules(findings, refused=True)
-    assert (code, by) == (1, "kernel")
-    assert rule.startswith("dr7 0x401 has bits besides 0x400, which SNP_LAUNCH_FINISH refuses")
-
-
-def test_check_when_the_id_block_is_wrong_names_the_status(
-    cli: Cli, halt: Path, tmp_path: Path, keys: tuple[Path, Path]
-) -> None:
-    file = tmp_path / "signed.igvm"
-    options = ("--vmsa-mode", "direct", "--id-key", keys[0], "--author-key", keys[1])
-    assert cli("igvm", "build", *options, halt, "-o", file).code == 0
-    assert checked(cli, file)[0] == 0
-    whole = file.read_bytes()
-    (row,) = (row for row in shown(cli, file)["headers"] if row["type"] == "SNP_ID_BLOCK")
-    at = int(row["offset"], 16) + 8
-    for offset, status in ((8, "BAD_MEASUREMENT"), (104, "BAD_SIGNATURE"), (400, "BAD_SIGNATURE")):
-        raw = bytearray(whole)
-        raw[at + offset] ^= 1
-        file.write_bytes(with_checksum(bytes(raw)))
-        code, findings = checked(cli, file)
-        assert code == 1
-        assert any(status in rule for _, rule in rules(findings, refused=True)), status
-
-
-def with_checksum(image: bytes) -> bytes:
-    import zlib
-
-    offset, size = struct.unpack_from("<II", image, 8)
-    crc = zlib.crc32(image[:20] + bytes(4) + image[offset : offset + size])
-    return image[:20] + struct.pack("<I", crc) + image[24:]
-
-
-# What known loaders do: image-formats 1.3 to 1.12.
-WARNED: dict[str, tuple[tuple[f.Header, ...], str, str]] = {
-    "no-policy": ((f.page(0x1000, 0),), "OpenVMM and Microsoft's", "no GUEST_POLICY"),
-    "optional": (((1 << 31 | 0x3FF, b""),), "Microsoft's parser", "optional headers of unknown"),
-    "large": ((f.page(0x200000, flags=1),), "Microsoft's parser", "takes 4 KiB of a 2 MiB page"),
-    "shared": ((f.page(0x1000, 0, flags=4),), "igvmmeasure", "measures a shared page as NORMAL"),
-    "both": ((f.page(0x1000, 0, flags=6),), "the format", "both unmeasured and shared"),
-    "zero": ((f.page(0x1000),), "Cloud Hypervisor", "launches a page without data as ZERO"),
-    "cpuid-xf": ((f.page(0x1000, kind=3),), "OpenVMM on KVM", "CPUID_XF"),
-    "area-data": ((f.area(0, 0x1000, 0), f.insert(0x1000, 0)), "QEMU", "leaves out the area's"),
-    "area-size": ((f.area(0, 0x2000), f.insert(0x1000, 0)), "igvmmeasure", "only the first page"),
-    "slit": ((f.area(0), f.parameter(0x30F, 0), f.insert(0x1000, 0)), "QEMU", "(SLIT)"),
-    "map-offset": (
-        (f.area(0), f.parameter(0x30C, 0, 24), f.insert(0x1000, 0)),
-        "QEMU",
-        "writes it to the area's start instead of 0x18",
-    ),
-    "map": (
-        (f.area(0), f.parameter(0x30C, 0), f.insert(0x1000, 0)),
-        "a guest's memory map",
-        "so validated already",
-    ),
-    "gpa": ((f.context(0x5000, 0x1000),), "QEMU", "a VMSA at GPA 0x5000, it wants 0xfffffffff000"),
-    "several": (
-        (f.context(0x5000, 0x1000), f.context(0x6000, 0x1000, 1)),
-        "OpenVMM (older ones)",
-        "header 2 (VP_CONTEXT): vCPU 1",
-    ),
-    "error-range": ((f.error_range(0x1000, 0x1000),), "QEMU", "(ERROR_RANGE)"),
-    "order": (
-        (f.area(0), f.page(0x1000, 0), f.insert(0x5000, 0)),
-        "QEMU",
-        "header 3 (PARAMETER_INSERT) is measured before header 2's pages",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WARNED)
-def test_check_when_loaders_differ_warns_and_names_the_loader(
-    cli: Cli, tmp_path: Path, name: str
-) -> None:
-    headers, by, rule = WARNED[name]
-    data = f.pattern(1) + f.vmsa()
-    code, findings = checked(cli, write(tmp_path / "file.igvm", *headers, data=data))
-    assert code == 0
-    assert any(who.startswith(by) and rule in what for who, what in rules(findings, refused=False))
-
-
-def test_check_when_the_platform_header_is_for_more_warns(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "vtl.igvm"
-    path.write_bytes(f.igvm([f.platform(vtl=2, border=1 << 40), f.policy()], b""))
-    code, findings = checked(cli, path)
-    assert code == 0
-    assert [rule for _, rule in rules(findings, refused=False)] == [
-        "doesn't take a file without data",
-        "doesn't take highest VTL 2, it takes 0",
-        "doesn't take shared GPA boundary 0x10000000000, it takes 0",
-    ]
-
-
-def test_check_when_the_host_is_real_asks_it(cli: Cli, halting: Path, no_snp_here: None) -> None:
-    done = cli("igvm", "check", "--platform", "kvm", halting)
-    assert (done.code, done.out) == (4, "")
-
-
-@pytest.fixture
-def no_snp_here() -> None:
-    """Skips where there is a real SNP host, which would answer."""
-    if Path("/dev/sev").exists():
-        pytest.skip("this machine has /dev/sev")
 
 
 def test_igvm_without_a_way_is_a_usage_error(cli: Cli) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.command import Cli, Done, page_events
+from tests.cli.command import Cli, Done, page_events, refused
 from tests.images.builders import ovmf, standard_entries, svsm_image
 
 tool = pytest.importorskip("sevsnpmeasure.cli")
@@ -144,11 +144,6 @@ def test_choices_of_the_other_tool_are_all_here(cli: Cli, other: Any, choice: st
 
 
 # Refusals
-
-
-def refused(done: Done) -> str:
-    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-    return done.err.removeprefix("kvmlaunch: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(

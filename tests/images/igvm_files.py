@@ -153,6 +153,12 @@ def framed(kind: int, raw: bytes) -> bytes:
     return struct.pack("<II", kind, len(raw)) + raw + bytes(-len(raw) % 8)
 
 
+def write(path: Path, *headers: Header, data: bytes = b"") -> Path:
+    """A file for SNP with these headers."""
+    path.write_bytes(igvm([platform(), *headers], data))
+    return path
+
+
 def write_large(path: Path, pages: int) -> None:
     """An IGVM file of so many pages, no two alike."""
     start = igvm([platform()])[24:]

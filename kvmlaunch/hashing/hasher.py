@@ -68,19 +68,7 @@ class Hasher(ABC):
         info = _info(digest, page_type, gpa, npages, imi_page, vmpl_perms)
         view = _measured(page_type, data, npages, as_given)
         current = bytearray(digest)
-        if view is None:
-            self._chain(current, info, gpa, _NO_CONTENTS, npages, None)
-            return bytes(current)
-        out = bytearray(min(npages, _BATCH_PAGES) * RECORD_SIZE)
-        for first, count in _batches(npages):
-            self._records(
-                current,
-                info,
-                gpa + first * PAGE_SIZE,
-                _pages(view, first, count),
-                memoryview(out)[: count * RECORD_SIZE],
-                _threads(threads, count),
-            )
+        self._add(current, info, gpa, view, npages, None, threads)
         return bytes(current)
 
     def records(
@@ -99,20 +87,8 @@ class Hasher(ABC):
         """The same, as ``RECORD_SIZE`` bytes per page: CONTENTS, and the digest after it."""
         info = _info(digest, page_type, gpa, npages, imi_page, vmpl_perms)
         view = _measured(page_type, data, npages, as_given)
-        current = bytearray(digest)
         out = bytearray(npages * RECORD_SIZE)
-        if view is None:
-            self._chain(current, info, gpa, _NO_CONTENTS, npages, memoryview(out))
-            return bytes(out)
-        for first, count in _batches(npages):
-            self._records(
-                current,
-                info,
-                gpa + first * PAGE_SIZE,
-                _pages(view, first, count),
-                memoryview(out)[first * RECORD_SIZE : (first + count) * RECORD_SIZE],
-                _threads(threads, count),
-            )
+        self._add(bytearray(digest), info, gpa, view, npages, memoryview(out), threads)
         return bytes(out)
 
     def extend_contents(
@@ -133,6 +109,33 @@ class Hasher(ABC):
         info = _info(digest, page_type, gpa, npages, imi_page, vmpl_perms)
         self._chain(current, info, gpa, contents, npages, None)
         return bytes(current)
+
+    def _add(
+        self,
+        digest: bytearray,
+        info: bytes,
+        gpa: int,
+        view: memoryview | None,
+        npages: int,
+        out: memoryview | None,
+        threads: int | None,
+    ) -> None:
+        """Add any number of pages to ``digest``; ``out`` gets their records, if they are wanted."""
+        if view is None:
+            self._chain(digest, info, gpa, _NO_CONTENTS, npages, out)
+            return
+        if out is None:
+            unwanted = memoryview(bytearray(min(npages, _BATCH_PAGES) * RECORD_SIZE))
+        for first, count in _batches(npages):
+            at = first * RECORD_SIZE
+            self._records(
+                digest,
+                info,
+                gpa + first * PAGE_SIZE,
+                _pages(view, first, count),
+                (unwanted if out is None else out[at:])[: count * RECORD_SIZE],
+                _threads(threads, count),
+            )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"

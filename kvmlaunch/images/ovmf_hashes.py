@@ -35,9 +35,7 @@ def hashes_page(
 
     Raises ImageError where the firmware has no place for it.
     """
-    if not vmm.kernel_hashes:
-        raise source.fail(f"{vmm.name} launches no kernel hashes, so --kernel isn't measured")
-    check_hashes_place(source, tables)
+    check_hashes_place(source, tables, vmm)
     page_gpa = tables.hash_base & -PAGE_SIZE
     places = [section for section in tables.sections if section.label == "kernel-hashes"]
     if not places:
@@ -56,8 +54,13 @@ def hashes_page(
     return read_hashes(options).page(tables.hash_base % PAGE_SIZE)
 
 
-def check_hashes_place(source: ImageSource, tables: OvmfTables) -> None:
-    """Refuse firmware whose table names no room for kernel hashes. Raises ImageError."""
+def check_hashes_place(source: ImageSource, tables: OvmfTables, vmm: VmmProfile) -> None:
+    """Refuse a VMM without kernel hashes, and firmware whose table names no room for them.
+
+    Raises ImageError.
+    """
+    if not vmm.kernel_hashes:
+        raise source.fail(f"{vmm.name} launches no kernel hashes, so --kernel isn't measured")
     entry = tables.find(HASH_TABLE_GUID)
     if entry is None or not tables.hash_base:
         what = "is empty" if entry else "is missing"

@@ -78,9 +78,7 @@ def _plan(source: ImageSource, mode: str, options: PlanOptions) -> LegacyLaunch:
     tables = parse_table(source) if needed or has_table(source) else None
     hashes = None
     if options.kernel is not None and tables is not None:
-        if not vmm.kernel_hashes:
-            raise source.fail(f"{vmm.name} launches no kernel hashes, so --kernel isn't measured")
-        check_hashes_place(source, tables)
+        check_hashes_place(source, tables, vmm)
         hashes = read_hashes(options)
     vmsas: tuple[Vmsa, ...] = ()
     if mode == "seves":

@@ -8,11 +8,11 @@ import re
 
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
 from kvmlaunch.cli.mode_options import mode_choices
-from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsas_from
+from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsa_files, vmsas_from
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmmProfile, load_image, load_vmm
 from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES, ORDERS
-from kvmlaunch.images.vmm import BUILT_IN
+from kvmlaunch.images.vmm import BUILT_IN, is_profile_path
 
 __all__ = [
     "add_image_options",
@@ -209,17 +209,14 @@ def _vmm(name: str) -> VmmProfile | None:
 
 def refuse_overwriting(path: str, option: str, args: argparse.Namespace) -> None:
     """Raise FormatError if ``path`` is a file that is read."""
-    inputs = (getattr(args, name, None) for name in _INPUTS)
-    files = [*inputs, *(vmsa.split(":")[0].split("@")[0] for vmsa in args.vmsa)]
-    for other in filter(None, files):
+    for other in _inputs(args):
         if _is_same_file(path, other):
             raise FormatError(f"{option} {path} would overwrite {other}, which is launched from")
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Opening an output empties it, so it must be no file of the launch, nor another output."""
-    inputs = (getattr(args, name, None) for name in _INPUTS)
-    taken = [(path, "which is launched from") for path in inputs if path]
+    taken = [(path, "which is launched from") for path in _inputs(args)]
     for name in _OUTPUTS:
         path, option = getattr(args, name, None), name.replace("_", "-")
         if path is None:
@@ -228,6 +225,13 @@ def _check_outputs(args: argparse.Namespace) -> None:
             if _is_same_file(path, other):
                 raise FormatError(f"--{option} {path} would overwrite {other}, {why}")
         taken.append((path, f"where --{option} goes"))
+
+
+def _inputs(args: argparse.Namespace) -> list[str]:
+    """The files that are read."""
+    named = [path for name in _INPUTS if (path := getattr(args, name, None))]
+    profile = [args.vmm_type] if is_profile_path(args.vmm_type) else []
+    return [*named, *profile, *vmsa_files(args)]
 
 
 def _is_same_file(one: str, other: str) -> bool:

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from kvmlaunch.images import VmsaChoice
     from kvmlaunch.uapi import Proposal
 
-__all__ = ["add_proposal_option", "add_vmsa_options", "as_asked", "proposal_from", "vmsas_from"]
+__all__ = [
+    "add_proposal_option",
+    "add_vmsa_options",
+    "as_asked",
+    "proposal_from",
+    "vmsa_files",
+    "vmsas_from",
+]
 
 # Compiled when they are needed.
 _VMSA = r"(?is)(?P<file>.*?)(?::(?P<vcpu>\d+|none))?(?:@(?P<gpa>0x[0-9a-f]+|\d+))?"
@@ -59,6 +66,11 @@ def add_vmsa_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="launch VMSAs that the kernel will refuse (vmpl, sev_features, GPA)",
     )
+
+
+def vmsa_files(args: argparse.Namespace) -> list[str]:
+    """The files that --vmsa names."""
+    return [path for text in args.vmsa if (path := _parts(text)["file"])]
 
 
 def vmsas_from(args: argparse.Namespace) -> tuple[VmsaChoice, ...]:
@@ -118,11 +130,16 @@ def _finished(choice: VmsaChoice, gpa: int | None, edits: _Edits) -> VmsaChoice:
     return replace(edited, gpa=gpa)
 
 
+def _parts(text: str) -> re.Match[str]:
+    match = re.fullmatch(_VMSA, text)
+    assert match is not None  # a FILE may be anything
+    return match
+
+
 def _choice(text: str) -> VmsaChoice:
     from kvmlaunch.images import VmsaChoice
 
-    match = re.fullmatch(_VMSA, text)
-    assert match is not None  # a FILE may be anything
+    match = _parts(text)
     path, vcpu, gpa = match["file"], match["vcpu"] or "0", match["gpa"]
     choice = VmsaChoice(
         vcpu=None if vcpu.lower() == "none" else int(vcpu),

@@ -16,7 +16,7 @@ from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError, ImageError
 
-__all__ = ["BUILT_IN", "VcpuStart", "VmmProfile", "load_vmm"]
+__all__ = ["BUILT_IN", "VcpuStart", "VmmProfile", "is_profile_path", "load_vmm"]
 
 BUILT_IN = (
     *("QEMU", "QEMU-before-6.10", "alioth", "ec2", "ec2-rdx0", "gce", "gce-genoa", "krun", "kvm"),
@@ -112,12 +112,17 @@ class VmmProfile:
         return self.ap is not None and self.ap.eip is None
 
 
+def is_profile_path(name: str) -> bool:
+    """Whether `load_vmm` takes it for a file: ``….json``, or a path with ``/``."""
+    return name.lower().endswith(".json") or "/" in name
+
+
 def load_vmm(name: str) -> VmmProfile:
-    """A profile by its name, in any case, or from a file (``….json``, or a path with ``/``).
+    """A profile by its name, in any case, or from a file (see `is_profile_path`).
 
     Raises FormatError for a name that isn't known, ImageError for a file that breaks a rule.
     """
-    if name.lower().endswith(".json") or "/" in name:
+    if is_profile_path(name):
         return _read(name, name)
     known = {built_in.lower(): built_in for built_in in BUILT_IN}
     if found := known.get(name.lower()):

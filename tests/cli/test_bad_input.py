@@ -306,6 +306,30 @@ def test_log_over_a_file_of_the_launch_is_refused_and_leaves_it(
     assert files[role].read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["page", "a:b", "a@b"])
+@pytest.mark.parametrize("there", ["", ":0", ":none", "@0x5000", ":0@0x5000"])
+def test_log_over_a_vmsa_is_refused_and_leaves_it(
+    cli: Cli, halt: Path, tmp_path: Path, name: str, there: str
+) -> None:
+    page = tmp_path / name
+    page.write_bytes(bytes(4096))
+    sentence = refused(cli("measure", "--log", page, "--vmsa", f"{tmp_path / name}{there}", halt))
+    assert sentence == f"--log {page} would overwrite {page}, which is launched from"
+    assert page.read_bytes() == bytes(4096)
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine"])
+def test_log_over_a_vmm_profile_is_refused_and_leaves_it(
+    cli: Cli, halt: Path, tmp_path: Path, name: str
+) -> None:
+    profile = tmp_path / name
+    profile.write_text('{"format": "kvmlaunch.vmm/1", "name": "mine", "base": "QEMU"}')
+    before = profile.read_bytes()
+    sentence = refused(cli("measure", "--log", profile, "--vmm-type", profile, halt))
+    assert sentence == f"--log {profile} would overwrite {profile}, which is launched from"
+    assert profile.read_bytes() == before
+
+
 @pytest.mark.parametrize("option", ["--trace-out", "--report-out"])
 def test_other_output_over_the_image_is_refused_and_leaves_it(
     cli: Cli, halt: Path, option: str

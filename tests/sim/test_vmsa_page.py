@@ -10,7 +10,7 @@ from kvmlaunch.softcpu import Halt, VmgExit
 from kvmlaunch.uapi import lib
 from tests.host import require_simulated_cpu
 
-from .driver import PAGE, Guest, launched, simulated, struct
+from .driver import PAGE, Guest, simulated, struct
 from .scripted import GHCB_GPA, Rig, register_ghcb
 from .vmsa_pages import (
     EINVAL,
@@ -21,6 +21,8 @@ from .vmsa_pages import (
     SET,
     TERMINATE,
     VmsaGuest,
+    check_digest_of_one_page,
+    digest_of_kvms_vmsas,
     extended,
     is_protected,
     vmsa_page,
@@ -107,21 +109,11 @@ def test_finish_when_a_page_was_given_measures_nothing_and_protects_the_first_vc
 
 @pytest.mark.parametrize("vcpus", [0, 1, 2, 8])
 def test_digest_when_a_page_was_given_is_the_same_for_any_number_of_vcpus(platform, vcpus):
-    guest = VmsaGuest(platform, direct=False, vcpus=vcpus)
-    guest.ok(guest.measure(1)[0])
-    guest.ok(guest.finish()[0])
-    assert guest.digest == extended(bytes(48), 2, guest.gpa(1), vmsa_page())
+    check_digest_of_one_page(platform, direct=False, vcpus=vcpus)
 
 
 def test_finish_when_no_page_was_given_measures_as_mainline_does():
-    digests = []
-    for kernel in ("7.0", KERNEL):
-        with simulated(kernel) as platform:
-            guest = launched(platform, vcpus=2)
-            guest.ok(guest.finish()[0])
-            assert [page.gpa for page in platform.measured_pages(guest.vm)] == [0xFFFFFFFFF000] * 2
-            digests.append(guest.digest)
-    assert digests[0] == digests[1]
+    assert digest_of_kvms_vmsas(KERNEL) == digest_of_kvms_vmsas("7.0")
 
 
 def test_finish_when_the_pages_slot_is_gone_is_einval_and_harmless(platform):

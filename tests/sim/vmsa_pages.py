@@ -14,7 +14,7 @@ from typing import Any
 from kvmlaunch.sim import KernelProfile
 from kvmlaunch.uapi import ffi, lib
 
-from .driver import PAGE, RAM_PAGES, Guest, struct
+from .driver import PAGE, RAM_PAGES, Guest, launched, simulated, struct
 
 DIRECT_VMSA, VCPU_STATE = 252, 251
 GET, SET = 104, 105
@@ -163,6 +163,23 @@ class VmsaGuest(Guest):
 def with_rules(profile: KernelProfile, **changes: Any) -> KernelProfile:
     """That kernel with other rules for VMSAs."""
     return dataclasses.replace(profile, vmsa=dataclasses.replace(profile.vmsa, **changes))
+
+
+def check_digest_of_one_page(platform: Any, **options: Any) -> None:
+    """FINISH adds nothing to a launch with one VMSA page, however many vCPUs there are."""
+    guest = VmsaGuest(platform, **options)
+    guest.ok(guest.measure(1)[0])
+    guest.ok(guest.finish()[0])
+    assert guest.digest == extended(bytes(48), 2, guest.gpa(1), vmsa_page())
+
+
+def digest_of_kvms_vmsas(kernel: str) -> bytes:
+    """The launch digest of a guest whose two vCPUs get their VMSAs from KVM."""
+    with simulated(kernel) as platform:
+        guest = launched(platform, vcpus=2)
+        guest.ok(guest.finish()[0])
+        assert [page.gpa for page in platform.measured_pages(guest.vm)] == [0xFFFFFFFFF000] * 2
+        return bytes(guest.digest)
 
 
 END_OF_RAM = Guest.GPA + RAM_PAGES * PAGE

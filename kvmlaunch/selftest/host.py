@@ -14,7 +14,7 @@ from kvmlaunch.kvm.system import CpuidLeaf
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
 from kvmlaunch.launch.vmsa_mode import Offer, probe_vmsa_mode
 from kvmlaunch.snp import CpuidRejected, New
-from kvmlaunch.uapi import MeasuredPage, Platform, Proposal, lib
+from kvmlaunch.uapi import MeasuredPage, Platform, Proposal, default_proposal, lib
 
 __all__ = ["Host"]
 
@@ -22,15 +22,16 @@ __all__ = ["Host"]
 class Host:
     """/dev/kvm and /dev/sev of a platform. A context manager.
 
-    ``risky``: run also what is known to crash kernels with a certain bug. Raises
-    MissingCapability without SNP, and IoctlError.
+    ``proposal``: numbers of the VMSA proposals (else `default_proposal`); ``risky``: run also
+    what is known to crash kernels with a certain bug. Raises MissingCapability without SNP, and
+    IoctlError.
     """
 
     def __init__(
         self, platform: Platform, *, proposal: Proposal | None = None, risky: bool = False
     ) -> None:
         self.platform = platform
-        self.proposal = proposal or Proposal()
+        self.proposal = default_proposal() if proposal is None else proposal
         self.risky = risky or platform.name != "kvm"
         with ExitStack() as stack:
             self.kvm = stack.enter_context(Kvm.open(platform))

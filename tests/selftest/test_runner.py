@@ -13,7 +13,7 @@ from kvmlaunch.selftest import Host, Json, Ktap, Spec, Verdict, conduct, run_one
 from kvmlaunch.selftest.answer import MARK, Answer
 from kvmlaunch.selftest.case import Case, Skip
 from kvmlaunch.sim import SimPlatform
-from kvmlaunch.uapi import Result
+from kvmlaunch.uapi import PROPOSAL_VARIABLE, Proposal, Result
 
 EIO, EINVAL, EFAULT = 5, 22, 14
 
@@ -226,6 +226,17 @@ def test_host_when_it_is_real_is_not_risked_unasked(
     monkeypatch.setattr(SimPlatform, "name", name)
     with SimPlatform("6.12") as platform, Host(platform, risky=asked) as host:
         assert host.risky is risky
+
+
+def test_host_when_no_numbers_are_given_takes_those_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(PROPOSAL_VARIABLE, "DIRECT_VMSA=250")
+    with SimPlatform("6.12") as platform:
+        with Host(platform) as host:
+            assert host.proposal == Proposal(direct_vmsa=250)
+        with Host(platform, proposal=Proposal()) as host:
+            assert host.proposal == Proposal()
 
 
 def test_case_when_it_ends_leaves_nothing_open() -> None:

@@ -98,7 +98,7 @@ def _snp_state(vcpu: Vcpu) -> SevEsState:
 
 def _check_vmsa_gpa(vcpu: Vcpu, gpa: int) -> None:
     """Neither whether the page is private nor whether it is a VMSA matters here."""
-    if gpa % PAGE_SIZE or gpa & vcpu.state.reserved_gpa_bits:
+    if not vcpu.state.is_page_address(gpa):
         refuse(errno.EINVAL)
     # An erratum: a 2 MiB page that meets a VMSA aligned like itself faults.
     if not gpa % LARGE_PAGE_SIZE:

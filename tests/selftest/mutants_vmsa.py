@@ -190,8 +190,8 @@ MUTANTS = (
     Mutant(
         "S6: a VMSA is aligned",
         "vcpu_commands",
-        "if gpa % PAGE_SIZE or gpa",
-        "if gpa",
+        "is_page_address(gpa)",
+        "is_page_address(gpa & ~0xFFF)",
         "vmsa.s6-*",
         profile="direct-vmsa",
     ),

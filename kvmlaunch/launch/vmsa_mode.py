@@ -15,6 +15,7 @@ from kvmlaunch.abi.policy import DEFAULT_POLICY
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError, IoctlError, MissingCapability
 from kvmlaunch.images import LaunchPlan, VmsaMode, to_sync
+from kvmlaunch.images.options import SNP_ACTIVE
 from kvmlaunch.kvm import HostMemory, Kvm, SevDevice, Vm
 from kvmlaunch.launch.sync_fallback import describe_fallback
 from kvmlaunch.snp import New, Started
@@ -22,8 +23,6 @@ from kvmlaunch.snp.vcpu_state import enable_direct_vmsa, get_vcpu_state
 from kvmlaunch.uapi import Platform, Proposal, default_proposal, lib
 
 __all__ = ["Offer", "Settled", "probe_vmsa_mode", "settle_vmsa_mode"]
-
-_SNP_ACTIVE = 1 << 0
 
 
 class Offer(NamedTuple):
@@ -126,7 +125,7 @@ def _try_direct(kvm: Kvm, sev: SevDevice, numbers: Proposal) -> str | None:
 
 
 def _try_page(kvm: Kvm, sev: SevDevice, numbers: Proposal, refused: str) -> Offer:
-    page = Vmsa(sev_features=_SNP_ACTIVE).encode()
+    page = Vmsa(sev_features=SNP_ACTIVE).encode()
     with ExitStack() as stack:
         vm = stack.enter_context(kvm.create_vm(lib.KVM_X86_SNP_VM))
         launch = New.init(vm, sev)

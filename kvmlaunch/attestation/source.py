@@ -6,13 +6,12 @@ import base64
 import binascii
 import re
 import sys
-from pathlib import Path
-from typing import BinaryIO
 
 from kvmlaunch.abi.guest_payload import ReportResponse
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer
 from kvmlaunch.abi.report import REPORT_SIZE
 from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.launch.files import read_small
 from kvmlaunch.launch.printed_report import PrintedReport
 
 __all__ = ["find_report", "read_file"]
@@ -56,21 +55,15 @@ def read_file(path: str) -> bytes:
     Raises:
         ImageError: it can't be read, or is larger.
     """
+    if path != "-":
+        return read_small(path, _MOST)
     try:
-        if path == "-":
-            data = _most_of(sys.stdin.buffer)
-        else:
-            with Path(path).open("rb") as file:
-                data = _most_of(file)
+        data = sys.stdin.buffer.read(_MOST + 1)
     except OSError as error:
         raise ImageError(path, f"can't be read: {error.strerror}") from None
     if len(data) > _MOST:
-        raise ImageError(path, f"is larger than {_MOST >> 20} MiB")
+        raise ImageError(path, f"is larger than {_MOST} bytes")
     return data
-
-
-def _most_of(file: BinaryIO) -> bytes:
-    return file.read(_MOST + 1)
 
 
 def _from_text(text: bytes) -> bytes:

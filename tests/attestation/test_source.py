@@ -98,5 +98,12 @@ def test_file_when_missing_names_it(tmp_path: Path):
 
 
 def test_file_when_it_never_ends_is_refused():
-    with pytest.raises(ImageError, match="/dev/zero: is larger than 4 MiB"):
+    with pytest.raises(ImageError, match="/dev/zero: is larger than 4194304 bytes"):
         read_file("/dev/zero")
+
+
+def test_file_when_standard_input_never_ends_is_refused(monkeypatch):
+    with open("/dev/zero") as zeros, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdin", zeros)
+        with pytest.raises(ImageError, match="-: is larger than 4194304 bytes"):
+            read_file("-")

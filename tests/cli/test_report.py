@@ -155,7 +155,7 @@ def test_verify_when_a_list_revokes_the_ask_fails(
         (["--crl", "/dev/null"], "/dev/null: no revocation list"),
         (["--certs", "/dev/null"], "/dev/null: no certificate"),
         (["--certs", "/nowhere"], "/nowhere: can't be read: No such file or directory"),
-        (["--trust-ark", "/dev/zero"], "/dev/zero: is larger than 4 MiB"),
+        (["--trust-ark", "/dev/zero"], "/dev/zero: is larger than 4194304 bytes"),
     ],
 )
 def test_verify_when_an_option_is_bad_is_2_and_one_sentence(

@@ -63,7 +63,7 @@ def write_chain(args: argparse.Namespace, platform: Platform, talk: Talk) -> Non
     """Do what --chain-out asks for. Raises FormatError and KvmLaunchError."""
     if args.chain_out is None:
         return
-    from kvmlaunch.launch.printed_report import write_whole
+    from kvmlaunch.launch.files import write_whole
 
     chain = _simulated(platform, "--chain-out").certificate_chain()
     write_whole(args.chain_out, chain.pem().encode("ascii"))

@@ -175,7 +175,7 @@ def _vmsas(plan: LaunchPlan) -> Iterable[Buffer]:
 
 
 def _dump(pages: Iterable[Buffer], args: argparse.Namespace) -> None:
-    from kvmlaunch.launch.printed_report import write_whole
+    from kvmlaunch.launch.files import write_whole
 
     named = [(f"vmsa{n}.bin", bytes(page)) for n, page in enumerate(pages)]
     for name, _ in named:

@@ -23,14 +23,10 @@ from kvmlaunch.cli.talk import DONE, FAILED, INTERRUPTED, SKIPPED, TIMEOUT, Talk
 from kvmlaunch.cli.vmsa_options import proposal_from
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan
+from kvmlaunch.launch.files import check_folder, write_whole
 from kvmlaunch.launch.measure import measure
 from kvmlaunch.launch.pagelog import open_log
-from kvmlaunch.launch.printed_report import (
-    MEASUREMENT,
-    PrintedReport,
-    check_folder,
-    write_whole,
-)
+from kvmlaunch.launch.printed_report import MEASUREMENT, PrintedReport
 
 __all__ = ["add_parser", "add_run_options", "run_image"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvmlaunch.abi.page import Buffer
 from kvmlaunch.errors import FormatError, ImageError, KvmLaunchError
 
-__all__ = ["read_small", "write_files"]
+__all__ = ["check_folder", "read_small", "write_files", "write_whole"]
 
 _MOST = 1 << 16
 
@@ -25,6 +25,27 @@ def read_small(path: str, most: int = _MOST) -> bytes:
     if len(data) > most:
         raise ImageError(path, f"is larger than {most} bytes")
     return data
+
+
+def check_folder(path: str) -> None:
+    """Raise KvmLaunchError where no file could be made at ``path``: before a run, not behind it."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise KvmLaunchError(f"{path}: {folder} is not a folder")
+    if Path(path).is_dir():
+        raise KvmLaunchError(f"{path}: is a folder")
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file as `write_files` does, or to a device or a pipe. Raises KvmLaunchError."""
+    target = Path(path).resolve()
+    if target.is_file() or not target.exists():
+        write_files({path: data}, mode=0o666)
+        return
+    try:
+        target.write_bytes(data)
+    except OSError as error:
+        raise KvmLaunchError(f"{path}: {error.strerror or error}") from None
 
 
 def write_files(

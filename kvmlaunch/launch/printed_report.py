@@ -7,16 +7,13 @@ such block counts. It is the guest's word: the report's signature says what it i
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
+from kvmlaunch.abi.report import REPORT_SIZE
+from kvmlaunch.errors import FormatError
 
-from kvmlaunch.errors import FormatError, KvmLaunchError
+__all__ = ["MEASUREMENT", "PrintedReport"]
 
-__all__ = ["MEASUREMENT", "REPORT_SIZE", "PrintedReport", "check_folder", "write_whole"]
-
-REPORT_SIZE = 0x4A0
 MEASUREMENT = slice(0x90, 0xC0)
-"""Size and part of an ATTESTATION_REPORT (AMD 56860)."""
+"""Part of an ATTESTATION_REPORT (AMD 56860)."""
 
 _BEGIN = b"-----BEGIN ATTESTATION REPORT-----\n"
 _END = b"-----END ATTESTATION REPORT-----"
@@ -61,29 +58,3 @@ class PrintedReport:
                 f"the guest's attestation report has {len(report)} bytes, not {REPORT_SIZE}"
             )
         return report
-
-
-def check_folder(path: str) -> None:
-    """Raise KvmLaunchError where no file could be made at ``path``: before a run, not behind it."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise KvmLaunchError(f"{path}: {folder} is not a folder")
-    if Path(path).is_dir():
-        raise KvmLaunchError(f"{path}: is a folder")
-
-
-def write_whole(path: str, data: bytes) -> None:
-    """Write a file that is there completely or not at all. Raises KvmLaunchError."""
-    target = Path(path).resolve()
-    # A device or a pipe can't be replaced.
-    replaced = target.is_file() or not target.exists()
-    written = target.with_name(f"{target.name}.part") if replaced else target
-    try:
-        written.write_bytes(data)
-        if replaced:
-            written.replace(target)
-    except OSError as error:
-        if replaced:
-            with contextlib.suppress(OSError):
-                written.unlink()
-        raise KvmLaunchError(f"{path}: {error.strerror or error}") from None

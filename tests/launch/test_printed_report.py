@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvmlaunch.errors import FormatError, KvmLaunchError
-from kvmlaunch.launch.printed_report import PrintedReport, check_folder, write_whole
+from kvmlaunch.launch.files import check_folder, write_whole
+from kvmlaunch.launch.printed_report import PrintedReport
 
 REPORT = bytes((n * 7) % 251 for n in range(1184))
 BEGIN = b"-----BEGIN ATTESTATION REPORT-----\n"
@@ -102,10 +103,24 @@ def test_file_when_a_device_is_not_replaced() -> None:
 def test_file_when_the_disk_is_full_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KvmLaunchError, match="/dev/full: No space left"):
         write_whole("/dev/full", REPORT)
-    (tmp_path / "report.bin.part").mkdir()
-    with pytest.raises(KvmLaunchError, match=r"report\.bin: Is a directory"):
+    with pytest.raises(KvmLaunchError, match=r"none/report\.bin: No such file"):
+        write_whole(str(tmp_path / "none" / "report.bin"), REPORT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_file_when_another_is_named_as_a_part_of_it_leaves_that_alone(tmp_path: Path) -> None:
+    (tmp_path / "report.bin.part").write_bytes(b"mine")
+    write_whole(str(tmp_path / "report.bin"), REPORT)
+    assert (tmp_path / "report.bin.part").read_bytes() == b"mine"
+
+
+def test_file_when_written_may_be_read_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
         write_whole(str(tmp_path / "report.bin"), REPORT)
-    assert not (tmp_path / "report.bin").exists()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "report.bin").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("name", ["nowhere/report.bin", "file/report.bin", ""])

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from kvmlaunch.sim import SimPlatform
     from kvmlaunch.uapi import Platform
 
-__all__ = ["add_certificate_options", "certificates_from", "load_certificates", "write_chain"]
+__all__ = [
+    "add_certificate_options",
+    "certificate_files",
+    "certificates_from",
+    "load_certificates",
+    "write_chain",
+]
 
 _SIMULATED = "simulated"
 
@@ -57,6 +63,11 @@ def load_certificates(path: str) -> list[Certificate]:
         return read_certificates(data)
     except FormatError as error:
         raise ImageError(path, error.rule, offset=error.offset) from None
+
+
+def certificate_files(args: argparse.Namespace) -> list[str]:
+    """The files that --certs names, of a command that may have it."""
+    return [path for path in getattr(args, "certs", None) or () if path != _SIMULATED]
 
 
 def write_chain(args: argparse.Namespace, platform: Platform, talk: Talk) -> None:

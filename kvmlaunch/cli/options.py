@@ -7,6 +7,7 @@ import os
 import re
 
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
+from kvmlaunch.cli.certificates import certificate_files
 from kvmlaunch.cli.mode_options import mode_choices
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsa_files, vmsas_from
 from kvmlaunch.errors import FormatError, ImageError
@@ -231,7 +232,7 @@ def _inputs(args: argparse.Namespace) -> list[str]:
     """The files that are read."""
     named = [path for name in _INPUTS if (path := getattr(args, name, None))]
     profile = [args.vmm_type] if is_profile_path(args.vmm_type) else []
-    return [*named, *profile, *vmsa_files(args)]
+    return [*named, *profile, *vmsa_files(args), *certificate_files(args)]
 
 
 def _is_same_file(one: str, other: str) -> bool:

@@ -306,6 +306,18 @@ def test_log_over_a_file_of_the_launch_is_refused_and_leaves_it(
     assert files[role].read_bytes() == before
 
 
+@pytest.mark.parametrize("output", ["--log", "--report-out", "--chain-out"])
+@pytest.mark.parametrize("option", ["--certs", "--vmsa"])
+def test_output_over_certificates_or_a_vmsa_is_refused_and_leaves_them(
+    cli: Cli, halt: Path, tmp_path: Path, output: str, option: str
+) -> None:
+    given = tmp_path / "given"
+    given.write_bytes(bytes(4096))
+    sentence = refused(cli("run", option, given, output, given, halt))
+    assert sentence == f"{output} {given} would overwrite {given}, which is launched from"
+    assert given.read_bytes() == bytes(4096)
+
+
 @pytest.mark.parametrize("name", ["page", "a:b", "a@b"])
 @pytest.mark.parametrize("there", ["", ":0", ":none", "@0x5000", ":0@0x5000"])
 def test_log_over_a_vmsa_is_refused_and_leaves_it(

@@ -74,8 +74,8 @@ def settle_vmsa_mode(
     if not plan.confidential:
         return Settled(plan, "")
     if plan.vmsa_mode is VmsaMode.SYNC:
-        why = "as asked" if asked else f"{plan.image} has no VMSA of its own, KVM makes them"
-        return Settled(plan, f"VMSA mode sync: {why}")
+        why = f"{plan.image} has no VMSA of its own, KVM makes them"
+        return Settled(plan, f"VMSA mode sync: {'as asked' if asked == VmsaMode.SYNC else why}")
     if asked == VmsaMode.SYNC:
         return _fall_back(plan, "as asked", host_lacks=False, allowed=allow_digest_change)
     if asked is not None:

@@ -290,6 +290,13 @@ def test_mode_when_the_image_has_no_vmsa_is_sync_on_every_kernel() -> None:
         assert settled.why == "VMSA mode sync: <bytes> has no VMSA of its own, KVM makes them"
 
 
+@pytest.mark.parametrize("asked", ["sync", "page", "direct"])
+def test_mode_when_there_is_no_vmsa_is_as_asked_only_if_that_was_sync(asked: str) -> None:
+    settled = settle(load(), "direct-vmsa", asked)
+    assert settled.plan == load()
+    assert settled.why.endswith(": as asked") == (asked == "sync")
+
+
 @pytest.mark.parametrize("mode", ["page", "direct"])
 def test_mode_when_the_image_has_a_vmsa_is_the_best_that_keeps_the_digest(mode: str) -> None:
     plan = load(HALT, VmsaChoice(gpa=0x9000), vcpus=2)

@@ -142,7 +142,7 @@ def _choice(text: str) -> VmsaChoice:
     match = _parts(text)
     path, vcpu, gpa = match["file"], match["vcpu"] or "0", match["gpa"]
     choice = VmsaChoice(
-        vcpu=None if vcpu.lower() == "none" else int(vcpu),
+        vcpu=None if vcpu.lower() == "none" else _number(vcpu),
         gpa=None if gpa is None else _number(gpa),
     )
     return replace(choice, page=_page(path), origin=os.path.basename(path)) if path else choice
@@ -167,16 +167,19 @@ def _edit(text: str) -> tuple[int, str, int | bytes]:
     field, value = match["field"].lower(), match["value"]
     if field.startswith("fpreg_"):
         try:
-            return int(match["vcpu"] or 0), field, bytes.fromhex(value.removeprefix("0x"))
+            return _number(match["vcpu"] or "0"), field, bytes.fromhex(value.removeprefix("0x"))
         except ValueError:
             raise FormatError(f"--set-vmsa {text}: {value!r} is not hex") from None
     if not re.fullmatch(_NUMBER, value):
         raise FormatError(f"--set-vmsa {text}: {value!r} is not a number")
-    return int(match["vcpu"] or 0), field, _number(value)
+    return _number(match["vcpu"] or "0"), field, _number(value)
 
 
 def _number(text: str) -> int:
-    return int(text, 16 if text[:2].lower() == "0x" else 10)
+    try:
+        return int(text, 16 if text[:2].lower() == "0x" else 10)
+    except ValueError:  # Python reads no decimal number of over 4300 digits
+        raise FormatError(f"{text[:20]}... is no number of a VMSA: {len(text)} digits") from None
 
 
 def _gpa(text: str) -> int:

@@ -110,9 +110,9 @@ def test_gil_when_pages_are_hashed_is_free(hasher: hashing.Hasher) -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_threads_when_a_call_returns_have_ended(hasher: hashing.Hasher, threads: int) -> None:
-    before = os.listdir("/proc/self/task")
+    before = set(os.listdir("/proc/self/task"))  # a thread of another test may be on its way out
     hasher.extend(ZERO, 1, 0, os.urandom(512 * PAGE), 512, threads=threads)
-    assert os.listdir("/proc/self/task") == before
+    assert set(os.listdir("/proc/self/task")) <= before
 
 
 def test_fork_when_threads_have_been_used_hashes_in_the_child(hasher: hashing.Hasher) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIGEST_SIZE",
+    "VMSA_TSC",
     "LaunchDigest",
     "format_digest",
     "page_contents",
@@ -47,6 +48,8 @@ __all__ = [
 
 DIGEST_SIZE = 48
 """Bytes of a SHA-384, thus of a launch digest."""
+VMSA_TSC = slice(0x2F0, 0x300)
+"""GUEST_TSC_SCALE and GUEST_TSC_OFFSET in a VMSA: firmware fills them in after the hash."""
 
 _ZEROS = bytes(DIGEST_SIZE)
 _NO_PERMS = (0, 0, 0)
@@ -55,8 +58,6 @@ _PAGE_INFO_TAIL = struct.Struct("<HBBxBBBQ")
 _LAST_GPA = (1 << 64) - PAGE_SIZE
 _TYPES = frozenset(int(t) for t in PageType)
 _MEASURED = frozenset(int(t) for t in PageType if t.measures_contents)
-# GUEST_TSC_SCALE and GUEST_TSC_OFFSET: firmware fills them in after the hash.
-_VMSA_TSC = slice(0x2F0, 0x300)
 
 
 def sha384(data: Buffer) -> bytes:
@@ -159,8 +160,8 @@ def page_contents(page_type: int, page: Buffer | None, *, as_given: bool = False
         raise FormatError(f"a {PageType(page_type).name} page is measured by its contents")
     if len(page) != PAGE_SIZE:
         raise FormatError(f"a page is {PAGE_SIZE} bytes, not {len(page)}")
-    if page_type == PageType.VMSA and not as_given and any(page[_VMSA_TSC]):
-        page = bytes(page[: _VMSA_TSC.start]) + bytes(16) + bytes(page[_VMSA_TSC.stop :])
+    if page_type == PageType.VMSA and not as_given and any(page[VMSA_TSC]):
+        page = bytes(page[: VMSA_TSC.start]) + bytes(16) + bytes(page[VMSA_TSC.stop :])
     return sha384(page)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 
-from kvmlaunch.abi.digest import DIGEST_SIZE, page_info
+from kvmlaunch.abi.digest import DIGEST_SIZE, VMSA_TSC, page_info
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.errors import FormatError
 
@@ -19,8 +19,6 @@ _THREADED_PAGES = 1024  # fewer are as fast without waiting for another thread
 _NO_CONTENTS = bytes(DIGEST_SIZE)
 _NO_PERMS = (0, 0, 0)
 _INFO = slice(0x60, 0x68)  # of PAGE_INFO: LENGTH to VMPL3_PERMS
-# Firmware fills GUEST_TSC_SCALE and GUEST_TSC_OFFSET in after the hash.
-_VMSA_TSC = slice(0x2F0, 0x300)
 
 
 class Hasher(ABC):
@@ -209,7 +207,7 @@ def _measured(
 
 def _without_tsc(view: memoryview, npages: int) -> memoryview:
     fields = [
-        slice(at + _VMSA_TSC.start, at + _VMSA_TSC.stop)
+        slice(at + VMSA_TSC.start, at + VMSA_TSC.stop)
         for at in range(0, npages * PAGE_SIZE, PAGE_SIZE)
     ]
     if not any(any(view[field]) for field in fields):

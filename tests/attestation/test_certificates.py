@@ -111,6 +111,10 @@ def test_name_when_it_breaks_a_rule_is_read_without_a_warning():
         (b"\x30\x03\x02\x01\x01", "a certificate can't be read"),
         (ca.crl(), "a certificate can't be read"),
         (PEMS[0] * 65, "more than 64"),
+        (
+            b"-----BEGIN CERTIFICATE TABLE-----\n0g\n-----END CERTIFICATE TABLE-----",
+            "a certificate table is not hex",
+        ),
         (table(VCEK=b"nothing"), "not DER"),
     ],
 )

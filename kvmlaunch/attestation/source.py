@@ -6,6 +6,8 @@ import base64
 import binascii
 import re
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 from kvmlaunch.abi.guest_payload import ReportResponse
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer
@@ -14,8 +16,9 @@ from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.launch.files import read_small
 from kvmlaunch.launch.printed_report import PrintedReport
 
-__all__ = ["find_report", "read_file"]
+__all__ = ["decode_file", "find_report", "read_file"]
 
+_Found = TypeVar("_Found")
 _MOST = 4 << 20
 _PAYLOAD_SIZE = len(ReportResponse().encode())
 _MARKER = b"-----BEGIN ATTESTATION REPORT-----"
@@ -64,6 +67,19 @@ def read_file(path: str) -> bytes:
     if len(data) > _MOST:
         raise ImageError(path, f"is larger than {_MOST} bytes")
     return data
+
+
+def decode_file(path: str, decode: Callable[[bytes], _Found]) -> _Found:
+    """Return what ``decode`` makes of a file, see `read_file`.
+
+    Raises:
+        ImageError: also where ``decode`` raises FormatError.
+    """
+    data = read_file(path)
+    try:
+        return decode(data)
+    except FormatError as error:
+        raise ImageError(path, error.rule, offset=error.offset) from None
 
 
 def _from_text(text: bytes) -> bytes:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from kvmlaunch.cli.talk import Talk
-from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.errors import FormatError
 
 if TYPE_CHECKING:
     from kvmlaunch.attestation.certificates import Certificate
@@ -56,13 +56,9 @@ def certificates_from(args: argparse.Namespace, platform: Platform) -> bytes | N
 def load_certificates(path: str) -> list[Certificate]:
     """The certificates of a file. Raises ImageError."""
     from kvmlaunch.attestation.certificates import read_certificates
-    from kvmlaunch.attestation.source import read_file
+    from kvmlaunch.attestation.source import decode_file
 
-    data = read_file(path)
-    try:
-        return read_certificates(data)
-    except FormatError as error:
-        raise ImageError(path, error.rule, offset=error.offset) from None
+    return decode_file(path, read_certificates)
 
 
 def certificate_files(args: argparse.Namespace) -> list[str]:

@@ -13,13 +13,13 @@ from kvmlaunch.abi.policy import parse_policy
 from kvmlaunch.abi.report import AttestationReport
 from kvmlaunch.abi.tcb import Product
 from kvmlaunch.attestation.show import as_json, as_text
-from kvmlaunch.attestation.source import find_report, read_file
+from kvmlaunch.attestation.source import decode_file, find_report
 from kvmlaunch.cli.certificates import load_certificates
 from kvmlaunch.cli.options import add_image_options, number, plan_from
 from kvmlaunch.cli.run import add_run_options, run_image
 from kvmlaunch.cli.talk import DONE, FAILED, Talk
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, as_asked
-from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.errors import FormatError
 
 if TYPE_CHECKING:
     from kvmlaunch.attestation.certificates import RevocationList
@@ -173,21 +173,13 @@ def _verify(args: argparse.Namespace, talk: Talk) -> int:
 
 
 def _report(path: str) -> AttestationReport:
-    data = read_file(path)
-    try:
-        return AttestationReport.decode(find_report(data))
-    except FormatError as error:
-        raise ImageError(path, error.rule, offset=error.offset) from None
+    return decode_file(path, lambda data: AttestationReport.decode(find_report(data)))
 
 
 def _crls(path: str) -> list[RevocationList]:
     from kvmlaunch.attestation.certificates import read_crls
 
-    data = read_file(path)
-    try:
-        return read_crls(data)
-    except FormatError as error:
-        raise ImageError(path, error.rule, offset=error.offset) from None
+    return decode_file(path, read_crls)
 
 
 def _expected(args: argparse.Namespace, talk: Talk) -> Expected:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlaunch.attestation.source import find_report, read_file
+from kvmlaunch.attestation.source import decode_file, find_report, read_file
 from kvmlaunch.errors import FormatError, ImageError
 
 REPORT = bytes(n * 7 % 251 for n in range(1184))
@@ -107,3 +107,10 @@ def test_file_when_standard_input_never_ends_is_refused(monkeypatch):
         patched.setattr(sys, "stdin", zeros)
         with pytest.raises(ImageError, match="-: is larger than 4194304 bytes"):
             read_file("-")
+
+
+def test_file_when_it_cannot_be_decoded_names_it(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    with pytest.raises(ImageError, match="file: no attestation report"):
+        decode_file(str(path), find_report)

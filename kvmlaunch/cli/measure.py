@@ -74,6 +74,8 @@ def _measure(args: argparse.Namespace, talk: Talk) -> int:
         return _legacy(args, mode)
     if mode == "snp:ovmf-hash":
         _check_no_log(args, mode)
+        if args.dump_vmsa:
+            raise FormatError(f"--dump-vmsa: --mode {mode} is of firmware alone, without VMSAs")
         _print_digest(firmware_digest(plan_from(args)), args)
         return DONE
     plan = as_asked(plan_from(args), args, talk)

@@ -157,6 +157,7 @@ def test_choices_of_the_other_tool_are_all_here(cli: Cli, other: Any, choice: st
         ("--mode sev --dump-vmsa", "--dump-vmsa: a SEV guest has no VMSAs, see --mode seves"),
         ("--mode sev --log x", "--log is a log of an SNP launch, which --mode sev is not"),
         ("--mode snp:ovmf-hash --log x", "--log is a log of an SNP launch, which --mode snp:ovmf-"),
+        ("--mode snp:ovmf-hash --dump-vmsa", "--dump-vmsa: --mode snp:ovmf-hash is of firmware"),
         (f"--mode sev --snp-ovmf-hash {DIGEST}", "--snp-ovmf-hash is for --mode snp, not for sev"),
         ("--snp-ovmf-hash 00", "a launch digest has 96 hex digits, this has 2"),
         (f"--vmm-type alioth --snp-ovmf-hash {DIGEST}", "alioth launches its metadata first"),

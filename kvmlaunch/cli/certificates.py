@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from kvmlaunch.cli.talk import Talk
 from kvmlaunch.errors import FormatError
 
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
     from kvmlaunch.attestation.certificates import Certificate
     from kvmlaunch.sim import SimPlatform

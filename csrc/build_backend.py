@@ -23,6 +23,7 @@ _HEADERS = (
     ("uapi_newer.h", False),
     ("uapi_proposal.h", False),
     ("native.h", False),
+    ("supervise.h", False),
 )
 _DEFINE = re.compile(r"^#define (\w+) .*$", re.MULTILINE)
 

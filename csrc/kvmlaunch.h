@@ -8,8 +8,10 @@
 #include <linux/falloc.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/inotify.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 
 #include "uapi_kvm.h"
 #pragma pack(push, 1)
@@ -18,5 +20,6 @@
 #include "uapi_newer.h"
 #include "uapi_proposal.h"
 #include "native.h"
+#include "supervise.h"
 
 #endif

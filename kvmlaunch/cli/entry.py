@@ -26,7 +26,7 @@ __all__ = ["parse_command", "run_command"]
 
 _COMMANDS = (
     *("run", "measure", "inspect", "verify", "bisect"),
-    *("igvm", "id-block", "report", "selftest"),
+    *("igvm", "id-block", "report", "selftest", "sim"),
 )
 
 _EPILOG = """\

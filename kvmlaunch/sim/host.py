@@ -20,7 +20,7 @@ from kvmlaunch.sim.memory import PhysicalMemory
 from kvmlaunch.sim.profiles import KernelProfile
 from kvmlaunch.sim.psp import Psp
 from kvmlaunch.sim.rmp import Rmp
-from kvmlaunch.sim.uaccess import ProcessMemory, UserMemory, refuse
+from kvmlaunch.sim.uaccess import OwnProcess, UserSpace, refuse
 from kvmlaunch.softcpu import CpuOptions, GuestMemory, Machine
 
 __all__ = ["AsidPool", "Host", "MachineMaker"]
@@ -75,7 +75,8 @@ class Host:
         faults: Faults,
         product: str,
         random: Callable[[int], bytes],
-        user: UserMemory | None = None,
+        user: UserSpace | None = None,
+        fds: FdTable | None = None,
         *,
         seed: int = 0,
         machine: MachineMaker = Machine,
@@ -87,8 +88,8 @@ class Host:
         self.memory_generation = self.code_generation = 0
         self.profile = profile
         self.faults = faults
-        self.user: UserMemory = ProcessMemory() if user is None else user
-        self.fds = FdTable()
+        self.user: UserSpace = OwnProcess() if user is None else user
+        self.fds = FdTable() if fds is None else fds
         self.cpu = cpu_model(product)
         self.cpuid = self.cpu.supported_cpuid()
         self.memory = PhysicalMemory()

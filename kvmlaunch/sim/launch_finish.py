@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim.sevdev import SevDevice
-from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
+from kvmlaunch.sim.uaccess import UserSpace, copy_in, refuse
 from kvmlaunch.sim.vmsa_sync import sync_vmsa
 from kvmlaunch.uapi import ffi, lib
 
@@ -108,7 +108,7 @@ def _encrypt_vmsa(vcpu: Vcpu, command: Any) -> None:
     vcpu.protected = True
 
 
-def _blob(user: UserMemory, address: int, size: int) -> bytes:
+def _blob(user: UserSpace, address: int, size: int) -> bytes:
     """psp_copy_user_blob()."""
     if not address:
         refuse(errno.EINVAL)

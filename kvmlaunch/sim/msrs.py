@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from kvmlaunch.sim.uaccess import UserMemory, copy_in, refuse
+from kvmlaunch.sim.uaccess import UserSpace, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
 __all__ = [
@@ -93,7 +93,7 @@ FEATURES: Mapping[int, int] = MappingProxyType(
 
 
 def transfer(
-    user: UserMemory,
+    user: UserSpace,
     arg: int,
     access: Callable[[int], int | None] | None = None,
     *,

@@ -13,14 +13,14 @@ from kvmlaunch.abi.report import SigningKey
 from kvmlaunch.errors import KvmLaunchError, MissingCapability
 from kvmlaunch.sim.certificates import CertificateChain
 from kvmlaunch.sim.faults import Faults
-from kvmlaunch.sim.fdtable import File
+from kvmlaunch.sim.fdtable import FdTable, File
 from kvmlaunch.sim.host import Host, MachineMaker
 from kvmlaunch.sim.inspector import Inspector, inspector_of
 from kvmlaunch.sim.profiles import KernelProfile, kernel_profile
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.spec import DEFAULT_PRODUCT
 from kvmlaunch.sim.system import KvmDevice
-from kvmlaunch.sim.uaccess import UserMemory, refuse
+from kvmlaunch.sim.uaccess import UserSpace, refuse
 from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
 from kvmlaunch.sim.vm import VmFile
 from kvmlaunch.softcpu import Machine
@@ -36,7 +36,8 @@ class SimPlatform:
     ``profile`` names the kernel (6.12, 6.18, 7.0) or is one, ``product`` the CPU (Milan,
     Genoa, Turin), ``faults`` what must go wrong (see :mod:`kvmlaunch.sim.faults`); ``random``
     is the firmware's source of keys. ``seed`` chooses how several vCPUs take turns: the
-    same seed, the same guest, the same run. ``machine`` makes the CPUs.
+    same seed, the same guest, the same run. ``machine`` makes the CPUs. ``user`` and ``fds``
+    are who calls and which descriptors that has, if it isn't this process.
 
     Synchronization: any thread may call anything; KVM_RUN doesn't hold the others up.
     """
@@ -50,13 +51,14 @@ class SimPlatform:
         faults: Faults | Sequence[str] = (),
         product: str = DEFAULT_PRODUCT,
         random: Callable[[int], bytes] = os.urandom,
-        user: UserMemory | None = None,
+        user: UserSpace | None = None,
+        fds: FdTable | None = None,
         seed: int = 0,
         machine: MachineMaker = Machine,
     ) -> None:
         orders = faults if isinstance(faults, Faults) else Faults.parse(faults)
         kernel = kernel_profile(profile) if isinstance(profile, str) else profile
-        self._host = Host(kernel, orders, product, random, user, seed=seed, machine=machine)
+        self._host = Host(kernel, orders, product, random, user, fds, seed=seed, machine=machine)
         self._lock = self._host.lock
         self._real = RealPlatform()
         self._mappings: dict[int, list[Vcpu]] = {}
@@ -110,6 +112,11 @@ class SimPlatform:
             return 0
 
         return self._call(call)
+
+    def release(self, file: File) -> None:
+        """The last descriptor of ``file`` is closed, as the owner of ``fds`` knows."""
+        with self._host.gate.stopped(), self._lock:
+            file.release()
 
     def ioctl(self, fd: int, request: int, arg: int = 0) -> Result:
         """ioctl(2)."""
@@ -224,6 +231,7 @@ class SimPlatform:
             refuse(errno.ENOSYS)  # no engine, or none that fits: see Vcpu.run()
         finally:
             with self._host.gate.stopped(), self._lock:
+                file.vcpu.vm.sync_user_memory()
                 file.vcpu.vm.put()
 
     def _ordered_errno(self, file: File, request: int, arg: int) -> None:

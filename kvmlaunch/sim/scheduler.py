@@ -35,6 +35,14 @@ class Occupant(Protocol):
         ...
 
 
+class Driver(Protocol):
+    """The thread that runs a vCPU; the same object for the same thread."""
+
+    def is_alive(self) -> bool:
+        """False once it has ended."""
+        ...
+
+
 class Seat:
     """A vCPU's place in the round."""
 
@@ -42,7 +50,7 @@ class Seat:
         self.occupant = occupant
         self.inside = False
         self.given_up = False
-        self.driver: threading.Thread | None = None
+        self.driver: Driver | None = None
         self.out_since: float | None = None
 
 
@@ -64,15 +72,15 @@ class Scheduler:
             self._seats.append(seat)
             return seat
 
-    def enter(self, seat: Seat) -> None:
-        """The vCPU's thread is in KVM_RUN."""
+    def enter(self, seat: Seat, driver: Driver) -> None:
+        """The vCPU's thread ``driver`` is in KVM_RUN."""
         with self._changed:
             now = time.monotonic()
             for other in self._seats:
                 if other.out_since is None:
                     other.out_since = now  # those that never came are waited for from now on
             seat.inside, seat.given_up = True, False
-            seat.driver = threading.current_thread()
+            seat.driver = driver
             self._changed.notify_all()
 
     def leave(self, seat: Seat) -> None:
@@ -85,7 +93,7 @@ class Scheduler:
         """Wait for a turn and return its ticks; None if the thread has to leave KVM_RUN."""
         with self._changed:
             while not seat.occupant.interrupted():
-                current = self._current()
+                current = self._current(seat.driver)
                 if current is seat:
                     if self._left <= 0:
                         self._left = round(SLICE_TICKS * self._random.uniform(0.5, 1.5))
@@ -118,23 +126,21 @@ class Scheduler:
         with self._changed:
             self._changed.notify_all()
 
-    def _current(self) -> Seat | None:
+    def _current(self, asking: Driver | None) -> Seat | None:
         """Whose turn it is; None where nobody can run. Passes over those that don't."""
         for _ in self._seats:
             seat = self._seats[self._at]
-            if seat.occupant.can_run() and (seat.inside or self._expected(seat)):
+            if seat.occupant.can_run() and (seat.inside or self._expected(seat, asking)):
                 return seat
             self._pass_on()
         return None
 
-    def _expected(self, seat: Seat) -> bool:
+    def _expected(self, seat: Seat, asking: Driver | None) -> bool:
         """Whether a vCPU in user space will be back soon."""
         if seat.given_up:
             return False
         driver = seat.driver
-        gone = driver is not None and (
-            driver is threading.current_thread() or not driver.is_alive()
-        )
+        gone = driver is not None and (driver is asking or not driver.is_alive())
         late = seat.out_since is not None and time.monotonic() > seat.out_since + GRACE_SECONDS
         seat.given_up = gone or late
         return not seat.given_up

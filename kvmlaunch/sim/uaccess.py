@@ -1,23 +1,39 @@
-"""User memory as the simulated kernel sees it: copies by address, EFAULT instead of a crash."""
+"""User space as the simulated kernel sees it: who calls, and copies of its memory by address."""
 
 from __future__ import annotations
 
 import bisect
 import errno
+import mmap
 import os
+import threading
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.uapi import ffi, peek, poke
+from kvmlaunch.uapi import RealPlatform, ffi, lib, peek, poke
 
-__all__ = ["ProcessMemory", "UserMemory", "copy_in", "copy_out", "refuse"]
+__all__ = ["Caller", "OwnProcess", "RunPages", "UserSpace", "copy_in", "copy_out", "refuse"]
 
 _NOWHERE = 1 << 64
 
 
-class UserMemory(Protocol):
-    """The address space of the process that issues the calls."""
+class Caller(Protocol):
+    """A thread that issues calls; the same object for the same thread."""
+
+    def is_alive(self) -> bool:
+        """False once it has ended."""
+
+
+class RunPages(NamedTuple):
+    """The pages behind a vCPU fd: where they are here, and the file that they are (or None)."""
+
+    address: int
+    fd: int | None
+
+
+class UserSpace(Protocol):
+    """The process that issues the calls: the one whose call is being served by this thread."""
 
     @property
     def mm(self) -> int:
@@ -35,9 +51,34 @@ class UserMemory(Protocol):
     def forget(self) -> None:
         """User memory was unmapped: what `pin` has found out doesn't hold any more."""
 
+    def sync(self) -> bool:
+        """Make pinned pages what user space has in them, and the other way round.
 
-class ProcessMemory:
-    """Memory of this process."""
+        No guest code may run meanwhile. True if user space had changed any.
+        """
+
+    @property
+    def caller(self) -> Caller:
+        """The thread that issues the call."""
+
+    def forget_signals(self) -> None:
+        """A signal from before the call won't end it."""
+
+    def signal_pending(self, mask: int | None) -> bool:
+        """Whether a signal wants to end the call; ``mask``: those that KVM_RUN blocks.
+
+        Bit N-1 is signal N; None is the thread's own mask.
+        """
+
+    def new_run_pages(self, size: int) -> RunPages:
+        """Zeroed memory that a vCPU shares with user space. Raises OSError."""
+
+    def free_run_pages(self, pages: RunPages, size: int) -> None:
+        """The vCPU is gone."""
+
+
+class OwnProcess:
+    """This process. Of the signals that end a call only the launcher's kick is seen."""
 
     def __init__(self) -> None:
         self._writable: list[tuple[int, int]] = []
@@ -74,6 +115,36 @@ class ProcessMemory:
         """Look again before the next page is used."""
         self._writable = []
 
+    def sync(self) -> bool:
+        """Pinned pages are user space's own."""
+        return False
+
+    @property
+    def caller(self) -> threading.Thread:
+        """This thread."""
+        return threading.current_thread()
+
+    def forget_signals(self) -> None:
+        """Drop a kick."""
+        lib.kl_take_kick()
+
+    def signal_pending(self, mask: int | None) -> bool:
+        """Whether this thread was kicked since it asked last."""
+        return bool(lib.kl_take_kick())
+
+    def new_run_pages(self, size: int) -> RunPages:
+        """Anonymous memory."""
+        result = RealPlatform().mmap(
+            -1, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        if result.ret == -1:
+            refuse(result.errno)
+        return RunPages(result.ret, None)
+
+    def free_run_pages(self, pages: RunPages, size: int) -> None:
+        """Unmap it."""
+        RealPlatform().munmap(pages.address, size)
+
 
 def _writable_ranges() -> list[tuple[int, int]]:
     """Mappings of this process that can be read and written, adjacent ones as one."""
@@ -93,13 +164,13 @@ def refuse(code: int) -> NoReturn:
     raise OSError(code, os.strerror(code))
 
 
-def copy_in(user: UserMemory, struct: str, address: int) -> Any:
+def copy_in(user: UserSpace, struct: str, address: int) -> Any:
     """Copy ``struct NAME`` from user memory (copy_from_user); a cdata pointer."""
     value = ffi.new(f"struct {struct} *")
     ffi.buffer(value)[:] = user.read(address, ffi.sizeof(value[0]))
     return value
 
 
-def copy_out(user: UserMemory, address: int, value: Any) -> None:
+def copy_out(user: UserSpace, address: int, value: Any) -> None:
     """Copy the struct behind a cdata pointer to user memory (copy_to_user)."""
     user.write(address, bytes(ffi.buffer(value)))

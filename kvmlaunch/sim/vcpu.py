@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from kvmlaunch.sim.sev_es import SevEsState
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.sim.vcpu_run import VcpuRun
 from kvmlaunch.sim.vcpu_state import VcpuState
-from kvmlaunch.uapi import RealPlatform, ffi, ioctl_name, lib
+from kvmlaunch.uapi import ffi, ioctl_name, lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vm import Vm
@@ -48,6 +47,7 @@ class Vcpu:
         self.tsc_khz = vm.tsc_khz
         self.tsc_offset = bytes(8)
         self.guest_debug = 0
+        self.signal_mask: int | None = None
         self.has_run = False
         self.protected = False
         own_vmsa = vm.is_snp_type and not vm.sev.direct_vmsa
@@ -67,13 +67,13 @@ class Vcpu:
         self.sev_es = SevEsState(self) if vm.is_snp_type else None
         self.running = VcpuRun(self)
         self.seat = vm.scheduler.add(self)
-        self.run_address = _anonymous(caps.VCPU_MMAP_SIZE)
-        self.run: Any = ffi.cast("struct kvm_run *", self.run_address)
+        self.run_pages = host.user.new_run_pages(caps.VCPU_MMAP_SIZE)
+        self.run: Any = ffi.cast("struct kvm_run *", self.run_pages.address)
 
     def destroy(self) -> None:
         """The VM is gone: free the run pages and the VMSA page."""
         host = self.vm.host
-        RealPlatform().munmap(self.run_address, caps.VCPU_MMAP_SIZE)
+        host.user.free_run_pages(self.run_pages, caps.VCPU_MMAP_SIZE)
         # A page that firmware won't give back is leaked, as in the kernel.
         if self.vmsa_spa is not None and not host.rmp.make_shared(self.vmsa_spa):
             host.memory.free(self.vmsa_spa)
@@ -94,11 +94,8 @@ class Vcpu:
         return self.mp_state == lib.KVM_MP_STATE_RUNNABLE or self.has_events()
 
     def interrupted(self) -> bool:
-        """Whether its thread, which asks, was told to leave KVM_RUN.
-
-        Of the signals that would end a system call only the launcher's kick is seen.
-        """
-        return bool(self.run.immediate_exit or lib.kl_take_kick())
+        """Whether its thread, which asks, was told to leave KVM_RUN."""
+        return bool(self.run.immediate_exit) or self.vm.host.user.signal_pending(self.signal_mask)
 
     def accept_events(self) -> None:
         """kvm_apic_accept_events(): INIT, then SIPI."""
@@ -207,17 +204,8 @@ class VcpuFile(File):
         """The run pages. Each mapping is the same memory at the same address."""
         if offset or not 0 < length <= caps.VCPU_MMAP_SIZE:
             refuse(errno.EINVAL)
-        return self.vcpu.run_address
+        return self.vcpu.run_pages.address
 
     def release(self) -> None:
         """The vCPU itself stays in its VM."""
         self.vcpu.vm.put()
-
-
-def _anonymous(length: int) -> int:
-    result = RealPlatform().mmap(
-        -1, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
-    if result.ret == -1:
-        refuse(result.errno)
-    return result.ret

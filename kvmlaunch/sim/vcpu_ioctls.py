@@ -301,13 +301,15 @@ def _set_vcpu_events(vcpu: Vcpu, arg: int) -> int:
 
 
 def _set_signal_mask(vcpu: Vcpu, arg: int) -> int:
-    """Accepted as far as the length goes; there is no blocking call to unmask it for."""
+    """Signals that are blocked during KVM_RUN; the thread's own mask without an argument."""
+    mask = None
     if arg:
         user = vcpu.vm.host.user
         header = copy_in(user, "kvm_signal_mask", arg)
         if header.len != 8:
             refuse(errno.EINVAL)
-        user.read(arg + ffi.sizeof("struct kvm_signal_mask"), 8)
+        mask = int.from_bytes(user.read(arg + ffi.sizeof("struct kvm_signal_mask"), 8), "little")
+    vcpu.signal_mask = mask
     return 0
 
 

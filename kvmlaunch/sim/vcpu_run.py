@@ -81,11 +81,12 @@ class VcpuRun:
     def run(self) -> int:
         """One KVM_RUN, by the vCPU's own thread, which doesn't hold the host's lock."""
         vcpu, vm = self.vcpu, self.vcpu.vm
-        lib.kl_take_kick()  # a signal before the call ends nothing
-        vm.scheduler.enter(vcpu.seat)
+        vm.host.user.forget_signals()
+        vm.scheduler.enter(vcpu.seat, vm.host.user.caller)
         try:
             # Completing an exit touches the CPU, and it may be another vCPU's turn.
             with vm.host.gate.stopped(), vm.host.lock:
+                vm.sync_user_memory()
                 vcpu.run.flags = 0
                 waiting = vcpu.mp_state == lib.KVM_MP_STATE_UNINITIALIZED
                 if waiting and vcpu.run.immediate_exit:

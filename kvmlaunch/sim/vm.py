@@ -97,6 +97,11 @@ class Vm:
         """
         self.host.memory_changed(code=code)
 
+    def sync_user_memory(self) -> None:
+        """Where CPUs work on copies of user memory: see what user space made of it."""
+        if self.host.user.sync():
+            self.memory_changed(code=True)
+
     def flush_if_changed(self) -> None:
         """Let the CPUs forget what they know of memory, where that has changed.
 

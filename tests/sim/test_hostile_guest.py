@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kvmlaunch.sim.uaccess import ProcessMemory
+from kvmlaunch.sim.uaccess import OwnProcess
 from kvmlaunch.softcpu import VmgExit
 from kvmlaunch.uapi import ffi, lib
 
@@ -56,7 +56,7 @@ requests = st.fixed_dictionaries(
 pages = st.tuples(requests, st.binary(max_size=PAGE - BUFFER), st.integers(0, 1 << 128))
 
 
-class Watched(ProcessMemory):
+class Watched(OwnProcess):
     """User memory in which, once ``only`` is set, nothing else may be written."""
 
     only: range | None = None

@@ -39,7 +39,7 @@ def played(seed: int, vcpus: int = 3, steps: int = 40, delay: Callable[[], float
         seat = seats[index]
         for _ in range(steps):
             time.sleep(delay())
-            scheduler.enter(seat)
+            scheduler.enter(seat, threading.current_thread())
             for _ in range(2):
                 assert scheduler.turn(seat) is not None
                 assert inside.acquire(blocking=False), "two vCPUs run at once"
@@ -72,7 +72,7 @@ def test_order_when_the_seed_is_another_is_another() -> None:
 def test_turns_are_about_as_long_as_they_should_be() -> None:
     scheduler = Scheduler()
     seat = scheduler.add(Fake())
-    scheduler.enter(seat)
+    scheduler.enter(seat, threading.current_thread())
     turns = []
     for _ in range(50):
         ticks = scheduler.turn(seat)
@@ -87,7 +87,7 @@ def test_turn_when_the_others_stay_away_comes_after_the_grace() -> None:
     scheduler.add(Fake())
     scheduler.add(Fake())
     last = scheduler.add(Fake())
-    scheduler.enter(last)
+    scheduler.enter(last, threading.current_thread())
     before = time.monotonic()
     assert scheduler.turn(last)
     assert GRACE_SECONDS <= time.monotonic() - before < 3 * GRACE_SECONDS
@@ -96,11 +96,11 @@ def test_turn_when_the_others_stay_away_comes_after_the_grace() -> None:
 def test_turn_when_this_thread_drove_the_other_comes_at_once() -> None:
     scheduler = Scheduler()
     first, second = scheduler.add(Fake()), scheduler.add(Fake())
-    scheduler.enter(first)
+    scheduler.enter(first, threading.current_thread())
     scheduler.turn(first)
     scheduler.spend(first, 1, keep=True)
     scheduler.leave(first)
-    scheduler.enter(second)
+    scheduler.enter(second, threading.current_thread())
     before = time.monotonic()
     assert scheduler.turn(second)
     assert time.monotonic() - before < GRACE_SECONDS / 2
@@ -111,14 +111,14 @@ def test_turn_when_the_others_thread_has_ended_comes_at_once() -> None:
     first, second = scheduler.add(Fake()), scheduler.add(Fake())
 
     def once() -> None:
-        scheduler.enter(first)
+        scheduler.enter(first, threading.current_thread())
         scheduler.turn(first)
         scheduler.leave(first)
 
     thread = threading.Thread(target=once)
     thread.start()
     thread.join()
-    scheduler.enter(second)
+    scheduler.enter(second, threading.current_thread())
     before = time.monotonic()
     assert scheduler.turn(second)
     assert time.monotonic() - before < GRACE_SECONDS / 2
@@ -128,9 +128,9 @@ def test_turn_when_the_other_can_not_run_comes_at_once() -> None:
     scheduler = Scheduler()
     blocked = Fake()
     blocked.runnable = False
-    scheduler.enter(scheduler.add(blocked))
+    scheduler.enter(scheduler.add(blocked), threading.current_thread())
     second = scheduler.add(Fake())
-    scheduler.enter(second)
+    scheduler.enter(second, threading.current_thread())
     assert scheduler.turn(second)
 
 
@@ -139,7 +139,7 @@ def test_turn_when_told_to_leave_is_none() -> None:
     vcpu = Fake()
     vcpu.runnable = False
     seat = scheduler.add(vcpu)
-    scheduler.enter(seat)
+    scheduler.enter(seat, threading.current_thread())
     timer = threading.Timer(0.05, lambda: setattr(vcpu, "told", True))
     timer.start()
     assert scheduler.turn(seat) is None
@@ -150,8 +150,8 @@ def test_turn_when_told_to_leave_is_none() -> None:
 def test_turn_when_used_up_goes_on_unless_the_vcpu_is_to_come_back(keep: bool) -> None:
     scheduler = Scheduler()
     first, second = scheduler.add(Fake()), scheduler.add(Fake())
-    scheduler.enter(first)
-    scheduler.enter(second)
+    scheduler.enter(first, threading.current_thread())
+    scheduler.enter(second, threading.current_thread())
     assert scheduler.turn(first)
     scheduler.spend(first, 10 * SLICE_TICKS, keep=keep)
     assert scheduler.turn(first if keep else second)

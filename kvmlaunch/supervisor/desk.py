@@ -1,0 +1,164 @@
+"""Where calls are answered, by as many threads as are needed at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import threading
+from typing import Any
+
+from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim.vcpu import VcpuFile
+from kvmlaunch.supervisor.clients import Call, Clients
+from kvmlaunch.supervisor.descriptors import ClientFds
+from kvmlaunch.supervisor.paths import device_path
+from kvmlaunch.uapi import Result, ffi, lib
+
+__all__ = ["Desk"]
+
+_IDLE_THREADS = 2
+_JOIN_SECONDS = 0.05
+_U32 = 0xFFFFFFFF
+_ACCESS_CALLS = (lib.KL_NR_access, lib.KL_NR_faccessat, lib.KL_NR_faccessat2)
+_DONE = Result(0, 0)
+
+
+class Desk:
+    """Takes calls from the listener and gives them to the simulated host.
+
+    Each thread takes the next call that comes, and one is always waiting for it: so a call
+    that takes long, as KVM_RUN does, holds up nobody but its caller.
+    """
+
+    def __init__(self, platform: SimPlatform, clients: Clients, fds: ClientFds) -> None:
+        self._platform = platform
+        self._clients = clients
+        self._fds = fds
+        self._trap = ffi.new("struct kl_trap *", [clients.listener, fds.watch, fds.device])
+        self._lock = threading.Lock()
+        self._releasing = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._closed = False
+
+    def open(self) -> None:
+        """Start answering."""
+        with self._lock:
+            self._add_thread()
+
+    def close(self) -> None:
+        """End: nobody calls any more."""
+        self._closed = True
+        while self._threads:
+            for thread in list(self._threads):
+                if thread.ident is not None and thread.is_alive():
+                    # Before Linux 6.11 a receiver isn't told that nobody is left.
+                    signal.pthread_kill(thread.ident, lib.kl_kick_signal())
+                thread.join(_JOIN_SECONDS)
+        self._platform.shutdown()
+        self._fds.shut()
+        self._clients.close()
+
+    def _add_thread(self) -> None:
+        self._idle += 1
+        thread = threading.Thread(target=self._serve, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _serve(self) -> None:
+        raw = ffi.new("struct kl_call *")
+        try:
+            while self._take(raw):
+                with self._lock:
+                    self._idle -= 1
+                    if not self._idle:
+                        self._add_thread()
+                if raw.released:
+                    self._release()
+                self._answer(raw)
+                with self._lock:
+                    if self._idle >= _IDLE_THREADS:
+                        return
+                    self._idle += 1
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+    def _take(self, raw: Any) -> bool:
+        """Wait for a call. False at the end."""
+        while not self._closed:
+            result = lib.kl_next_call(self._trap, raw)
+            if result.ret >= 0:
+                return True
+            # ENOENT also tells that a caller was killed as it called.
+            if result.err not in (errno.EINTR, errno.ENOENT) or self._nobody_left():
+                return False
+        return False
+
+    def _nobody_left(self) -> bool:
+        poll = select.poll()
+        poll.register(self._clients.listener, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+    def _release(self) -> None:
+        """Before a call is answered: what was closed before it is released."""
+        with self._releasing:
+            for file in self._fds.released():
+                self._platform.release(file)
+
+    def _answer(self, raw: Any) -> None:
+        try:
+            self._clients.serve(Call(raw, self._clients.thread(raw.tid)))
+            result = self._result(self._clients.call)
+        except OSError as error:
+            result = Result(-1, error.errno or errno.EIO)
+        if result is None:
+            lib.kl_pass_on(self._clients.listener, raw.id)
+        else:
+            lib.kl_answer(self._clients.listener, raw.id, result.ret, result.errno)
+
+    def _result(self, call: Call) -> Result | None:
+        """What a call gives; None where this machine's kernel has to answer."""
+        if call.path:
+            path = device_path(call)
+            return None if path is None else self._by_path(call, path)
+        if not self._fds.has(call.inode):
+            return None
+        fd, second, third, fourth = call.args[:4]
+        if call.nr == lib.KL_NR_ioctl:
+            return self._platform.ioctl(fd & _U32, second & _U32, third)
+        if call.nr == lib.KL_NR_fallocate:
+            return self._platform.fallocate(
+                fd & _U32, second & _U32, _signed(third), _signed(fourth)
+            )
+        # mmap: a vCPU's pages are in the memfd, no other file has any.
+        if isinstance(self._fds.get(call.args[4] & _U32), VcpuFile):
+            return None
+        return Result(-1, errno.ENODEV)
+
+    def _by_path(self, call: Call, path: str) -> Result | None:
+        if call.nr in _ACCESS_CALLS:
+            mode = call.args[call.nr != lib.KL_NR_access]
+            return Result(-1, errno.EACCES) if mode & os.X_OK else _DONE
+        flags = _open_flags(call)
+        if flags & os.O_PATH:
+            return None
+        if flags & os.O_DIRECTORY:
+            return Result(-1, errno.ENOTDIR)
+        if flags & os.O_CREAT and flags & os.O_EXCL:
+            return Result(-1, errno.EEXIST)
+        call.cloexec = bool(flags & os.O_CLOEXEC)
+        return self._platform.open(path, flags)
+
+
+def _open_flags(call: Call) -> int:
+    if call.nr == lib.KL_NR_openat2:
+        # The first member of struct open_how.
+        return int.from_bytes(call.read(call.args[2], 8), "little")
+    return int(call.args[1 if call.nr == lib.KL_NR_open else 2])
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

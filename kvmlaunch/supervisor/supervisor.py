@@ -1,0 +1,102 @@
+"""Run a program on the simulated host: start it, answer its calls, wait for its end."""
+
+from __future__ import annotations
+
+import os
+import platform as machine
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from kvmlaunch.errors import FormatError, KvmLaunchError, MissingCapability
+from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim.spec import SimSpec
+from kvmlaunch.supervisor.clients import Clients
+from kvmlaunch.supervisor.descriptors import ClientFds
+from kvmlaunch.supervisor.desk import Desk
+from kvmlaunch.supervisor.memory import ClientMemory
+from kvmlaunch.uapi import ffi, lib
+
+__all__ = ["Supervisor"]
+
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Supervisor:
+    """One program, and all the processes that it starts, on one simulated host."""
+
+    def __init__(self, spec: SimSpec, *, faults: Sequence[str] = ()) -> None:
+        if machine.machine() != "x86_64":
+            raise MissingCapability("an x86-64 machine", f"this one is {machine.machine()}")
+        self._spec = spec
+        self._faults = faults
+
+    def run(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
+        """Run ``command`` to its end: its exit code, or 128 and the signal that ended it.
+
+        Processes that it leaves behind are waited for, as is every other child of this process.
+        Raises KvmLaunchError where the program can't be started or watched.
+        """
+        pid, listener = _spawn(command, os.environ if env is None else env)
+        clients = Clients(listener)
+        fds = ClientFds(clients)
+        self.platform = SimPlatform(
+            self._spec.kernel(),
+            product=self._spec.product,
+            seed=self._spec.seed,
+            faults=self._faults,
+            user=ClientMemory(clients),
+            fds=fds,
+        )
+        desk = Desk(self.platform, clients, fds)
+        desk.open()
+        try:
+            return _wait(pid)
+        finally:
+            desk.close()
+
+
+def _spawn(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, int]:
+    """Start ``command``: its process id, and the listener that its calls come from."""
+    file = shutil.which(command[0], path=env.get("PATH", os.defpath))
+    if file is None:
+        raise FormatError(f"{command[0]}: no such program")
+    arguments = [ffi.new("char[]", os.fsencode(word)) for word in command]
+    variables = [ffi.new("char[]", os.fsencode(f"{name}={env[name]}")) for name in env]
+    spawned = lib.kl_spawn(
+        os.fsencode(file),
+        ffi.new("char *[]", [*arguments, ffi.NULL]),
+        ffi.new("char *[]", [*variables, ffi.NULL]),
+    )
+    if not spawned.stage:
+        return spawned.pid, spawned.listener
+    why = os.strerror(spawned.err)
+    if spawned.stage == lib.KL_SPAWN_FILTER:
+        raise MissingCapability(
+            f"seccomp user notification as of Linux 5.19 (seccomp: {why})", "kvmlaunch sim"
+        )
+    raise KvmLaunchError(f"{file} can't be started: {why}")
+
+
+def _wait(pid: int) -> int:
+    """Wait for every process that is left; the exit code of ``pid``."""
+    code = 0
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        os.kill(pid, number)
+
+    # The terminal tells the program itself.
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _FROM_TERMINAL}
+    handlers |= {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        while True:
+            ended, status = os.waitpid(-1, 0)
+            if ended == pid:
+                code = os.waitstatus_to_exitcode(status)
+    except ChildProcessError:
+        return code if code >= 0 else 128 - code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -56,15 +56,27 @@ class PageLog:
 
     def header(self, plan: LaunchPlan, *, platform: str, profile: str, vmsa_mode: str) -> None:
         """The first event: what is launched, and on which platform."""
+        image = {"image": plan.image, "sha256": _sha256(plan.data)}
+        self.start(image, plan.policy, platform=platform, profile=profile, vmsa_mode=vmsa_mode)
+
+    def start(
+        self,
+        image: Mapping[str, Any],
+        policy: int,
+        *,
+        platform: str,
+        profile: str,
+        vmsa_mode: str,
+    ) -> None:
+        """The first event, where no plan tells what ``image`` is."""
         self.write(
             {
                 "event": "header",
                 "schema": SCHEMA,
                 "platform": platform,
                 "profile": profile,
-                "image": plan.image,
-                "sha256": _sha256(plan.data),
-                "policy": f"{plan.policy:#x}",
+                **image,
+                "policy": f"{policy:#x}",
                 "vmsa_mode": vmsa_mode,
                 "version": __version__,
             }
@@ -90,12 +102,25 @@ class PageLog:
             event["sent"] = call.sent
         self.write(event)
 
-    def finish(self, digest: bytes, pages: int, *, agrees: bool | None = None) -> None:
-        """The launch digest. ``agrees``: the host's firmware says the same (None: not asked)."""
+    def finish(
+        self,
+        digest: bytes,
+        pages: int,
+        *,
+        agrees: bool | None = None,
+        predicted: bool = True,
+        vm: int = 0,
+    ) -> None:
+        """The launch digest, ``predicted`` or only measured; ``vm`` counts from 0.
+
+        ``agrees``: the host's firmware says the same (None: not asked).
+        """
         event: dict[str, Any] = {"event": "finish", "digest": digest.hex(), "pages": pages}
-        event["predicted"] = True
+        event["predicted"] = predicted
         if agrees is not None:
             event["host_agrees"] = agrees
+        if vm:
+            event["vm"] = vm
         self.write(event)
 
     def exit(self, vcpu: int, reason: str, detail: str) -> None:

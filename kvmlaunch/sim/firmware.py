@@ -284,9 +284,12 @@ class SecureProcessor(MessageCommands):
         """Return what has been measured so far. KeyError if `gctx` is no context."""
         return self._contexts[gctx].measurement.value
 
-    def measured_pages(self, gctx: int) -> list[MeasuredPage]:
-        """Return the pages measured so far, in order. KeyError if `gctx` is no context."""
-        return list(self._contexts[gctx].pages)
+    def measured_pages(self, gctx: int, first: int = 0) -> list[MeasuredPage]:
+        """Return the pages measured so far from number `first` on, in order.
+
+        KeyError if `gctx` is no context.
+        """
+        return self._contexts[gctx].pages[first:]
 
     # Helpers.
 

@@ -182,13 +182,22 @@ class SimPlatform:
             context = self._vm_file(vm_fd).vm.sev.context
             return None if context is None else self._host.processor.launch_digest(context)
 
-    def measured_pages(self, vm_fd: int) -> list[MeasuredPage]:
-        """The pages that firmware has measured of this VM, in order; none before START."""
+    def measured_pages(self, vm_fd: int, first: int = 0) -> list[MeasuredPage]:
+        """The pages that firmware has measured of this VM from number ``first`` on, in order.
+
+        None before SNP_LAUNCH_START.
+        """
         with self._lock:
             context = self._vm_file(vm_fd).vm.sev.context
             if context is None:
                 return []
-            return [MeasuredPage(*page) for page in self._host.processor.measured_pages(context)]
+            pages = self._host.processor.measured_pages(context, first)
+            return [MeasuredPage(*page) for page in pages]
+
+    def launch_context(self, vm_fd: int) -> int | None:
+        """Which guest context firmware has for this VM; None before SNP_LAUNCH_START."""
+        with self._lock:
+            return self._vm_file(vm_fd).vm.sev.context
 
     def inspector(self, vm_fd: int) -> Inspector:
         """What looks inside a VM: registers, memory, breakpoints, trace."""

@@ -7,14 +7,16 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
+from kvmlaunch import uapi
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.sim.vcpu import VcpuFile
 from kvmlaunch.supervisor.clients import Call, Clients
 from kvmlaunch.supervisor.descriptors import ClientFds
 from kvmlaunch.supervisor.paths import device_path
-from kvmlaunch.uapi import Result, ffi, lib
+from kvmlaunch.uapi import Platform, Recorder, Result, ffi, lib
 
 __all__ = ["Desk"]
 
@@ -29,11 +31,21 @@ class Desk:
     """Takes calls from the listener and gives them to the simulated host.
 
     Each thread takes the next call that comes, and one is always waiting for it: so a call
-    that takes long, as KVM_RUN does, holds up nobody but its caller.
+    that takes long, as KVM_RUN does, holds up nobody but its caller. ``watcher`` is told
+    each call and its result before the client gets it.
     """
 
-    def __init__(self, platform: SimPlatform, clients: Clients, fds: ClientFds) -> None:
-        self._platform = platform
+    def __init__(
+        self,
+        platform: SimPlatform,
+        clients: Clients,
+        fds: ClientFds,
+        watcher: Callable[[uapi.Call], None] | None = None,
+    ) -> None:
+        self._host = platform
+        self._platform: Platform = platform
+        if watcher is not None:
+            self._platform = Recorder(platform, watcher, read=clients.read)
         self._clients = clients
         self._fds = fds
         self._trap = ffi.new("struct kl_trap *", [clients.listener, fds.watch, fds.device])
@@ -57,7 +69,7 @@ class Desk:
                     # Before Linux 6.11 a receiver isn't told that nobody is left.
                     signal.pthread_kill(thread.ident, lib.kl_kick_signal())
                 thread.join(_JOIN_SECONDS)
-        self._platform.shutdown()
+        self._host.shutdown()
         self._fds.shut()
         self._clients.close()
 
@@ -106,7 +118,7 @@ class Desk:
         """Before a call is answered: what was closed before it is released."""
         with self._releasing:
             for file in self._fds.released():
-                self._platform.release(file)
+                self._host.release(file)
 
     def _answer(self, raw: Any) -> None:
         try:

@@ -6,17 +6,20 @@ import os
 import platform as machine
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
 from kvmlaunch.errors import FormatError, KvmLaunchError, MissingCapability
+from kvmlaunch.launch.pagelog import PageLog
 from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.spec import SimSpec
 from kvmlaunch.supervisor.clients import Clients
 from kvmlaunch.supervisor.descriptors import ClientFds
 from kvmlaunch.supervisor.desk import Desk
+from kvmlaunch.supervisor.log import LaunchLog
 from kvmlaunch.supervisor.memory import ClientMemory
-from kvmlaunch.uapi import ffi, lib
+from kvmlaunch.uapi import Call, ffi, lib
 
 __all__ = ["Supervisor"]
 
@@ -25,13 +28,25 @@ _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Supervisor:
-    """One program, and all the processes that it starts, on one simulated host."""
+    """One program, and all the processes that it starts, on one simulated host.
 
-    def __init__(self, spec: SimSpec, *, faults: Sequence[str] = ()) -> None:
+    ``log`` gets the pages of its launches. ``on_call`` is told the thread and each call of it.
+    """
+
+    def __init__(
+        self,
+        spec: SimSpec,
+        *,
+        faults: Faults | None = None,
+        log: PageLog | None = None,
+        on_call: Callable[[int, Call], object] | None = None,
+    ) -> None:
         if machine.machine() != "x86_64":
             raise MissingCapability("an x86-64 machine", f"this one is {machine.machine()}")
         self._spec = spec
-        self._faults = faults
+        self._faults = faults or Faults()
+        self._log = log
+        self._on_call = on_call
 
     def run(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> int:
         """Run ``command`` to its end: its exit code, or 128 and the signal that ended it.
@@ -42,7 +57,7 @@ class Supervisor:
         pid, listener = _spawn(command, os.environ if env is None else env)
         clients = Clients(listener)
         fds = ClientFds(clients)
-        self.platform = SimPlatform(
+        platform = SimPlatform(
             self._spec.kernel(),
             product=self._spec.product,
             seed=self._spec.seed,
@@ -50,12 +65,29 @@ class Supervisor:
             user=ClientMemory(clients),
             fds=fds,
         )
-        desk = Desk(self.platform, clients, fds)
+        desk = Desk(platform, clients, fds, self._watcher(platform, clients, command[0]))
         desk.open()
         try:
             return _wait(pid)
         finally:
             desk.close()
+
+    def _watcher(
+        self, platform: SimPlatform, clients: Clients, program: str
+    ) -> Callable[[Call], None] | None:
+        """Who is told each call; None where nobody wants to know."""
+        on_call = self._on_call
+        pages = None if self._log is None else LaunchLog(self._log, platform, program)
+        if on_call is None and pages is None:
+            return None
+
+        def watcher(call: Call) -> None:
+            if on_call is not None:
+                on_call(clients.call.thread.tid, call)
+            if pages is not None:
+                pages.note(call)
+
+        return watcher
 
 
 def _spawn(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, int]:

@@ -39,11 +39,21 @@ class Call:
 
 
 class Recorder:
-    """Wraps a platform; each call goes to ``sink`` after it returned."""
+    """Wraps a platform; each call goes to ``sink`` after it returned.
 
-    def __init__(self, platform: Platform, sink: Callable[[Call], None]) -> None:
+    ``read`` copies from the memory of who calls: raises OSError(EFAULT).
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        sink: Callable[[Call], None],
+        *,
+        read: Callable[[int, int], bytes] = peek,
+    ) -> None:
         self._platform = platform
         self._sink = sink
+        self._read = read
 
     def __repr__(self) -> str:
         return f"Recorder({self._platform!r})"
@@ -76,12 +86,12 @@ class Recorder:
         """ioctl(2)."""
         name = ioctl_name(request)
         struct = ARGUMENT.get(name, "")
-        sent = _decode(struct, arg)
+        sent = self._decode(struct, arg)
         if name == "KVM_MEMORY_ENCRYPT_OP" and "id" in sent:
             name = command_name(sent["id"])
         start = time.perf_counter_ns()
         result = self._platform.ioctl(fd, request, arg)
-        received = _decode(struct, arg)
+        received = self._decode(struct, arg)
         fw_error = received.get("error")
         self._note(name, fd, arg, result, start, fw_error=fw_error, sent=sent, received=received)
         return result
@@ -139,25 +149,25 @@ class Recorder:
             Call(name, fd, arg, *result, ns, fw_error, dict(sent or {}), dict(received or {}))
         )
 
+    def _decode(self, struct: str, address: int) -> dict[str, Any]:
+        """The struct at ``address`` by field name; nothing where it can't be read."""
+        if not struct or not address:
+            return {}
+        try:
+            content = self._read(address, ffi.sizeof(f"struct {struct}"))
+        except OSError:
+            return {}
+        fields = _fields(struct, content)
+        if struct == "kvm_sev_cmd":
+            inner = COMMAND_ARGUMENT.get(command_name(fields["id"]), "")
+            fields["data"] = self._decode(inner, fields["data"]) or fields["data"]
+        return fields
 
-def _decode(struct: str, address: int) -> dict[str, Any]:
-    """The struct at ``address`` by field name; nothing where it can't be read."""
-    if not struct or not address:
-        return {}
-    try:
-        fields = _read(struct, address)
-    except OSError:
-        return {}
-    if struct == "kvm_sev_cmd":
-        inner = COMMAND_ARGUMENT.get(command_name(fields["id"]), "")
-        fields["data"] = _decode(inner, fields["data"]) or fields["data"]
-    return fields
 
-
-def _read(struct: str, address: int) -> dict[str, Any]:
+def _fields(struct: str, content: bytes) -> dict[str, Any]:
     ctype = ffi.typeof(f"struct {struct}")
     value = ffi.new(ffi.getctype(ctype, "*"))
-    ffi.buffer(value)[:] = peek(address, ffi.sizeof(ctype))
+    ffi.buffer(value)[:] = content
     fields: dict[str, Any] = {}
     for name, info in ctype.fields:
         if "pad" in name or "reserved" in name or name in _HIDDEN:

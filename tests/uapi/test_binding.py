@@ -19,7 +19,9 @@ _SOURCES = sorted(
     path for folder in ("uapi", "kvm", "snp", "launch") for path in (_PACKAGE / folder).glob("*.py")
 )
 _HEADERS = sorted(path.name for path in headers.CSRC.glob("uapi_*.h") if "asserts" not in path.name)
-_DEFINES = [name for header in [*_HEADERS, "native.h", "supervise.h"] for name in headers.defines(header)]
+_DEFINES = [
+    name for header in [*_HEADERS, "native.h", "supervise.h"] for name in headers.defines(header)
+]
 
 # The size in the number of KVM_MEMORY_ENCRYPT_OP is historical; an open array has no size;
 # a value by pointer has no struct.

@@ -1,0 +1,101 @@
+"""The page log of launches that a client does (schema kvmlaunch.log/1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.launch.pagelog import PageLog
+from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.sim import SimPlatform
+from kvmlaunch.uapi import Call, MeasuredPage, lib
+
+__all__ = ["LaunchLog"]
+
+
+@dataclass
+class _Launch:
+    """One guest's launch so far."""
+
+    number: int
+    pages: int = 0
+    vmsas: int = 0
+    digest: bytes = bytes(48)
+
+
+class LaunchLog:
+    """Writes what firmware measures, after each step; later guests than the first have ``vm``.
+
+    ``program`` is what the header calls the image.
+    """
+
+    def __init__(self, log: PageLog, platform: SimPlatform, program: str) -> None:
+        self._log = log
+        self._platform = platform
+        self._program = program
+        self._launches: dict[int, _Launch] = {}
+        self._started = 0
+
+    def note(self, call: Call) -> None:
+        """A call that has been answered. Raises LogError."""
+        if call.name == "KVM_SEV_SNP_LAUNCH_START" and not call.ret:
+            self._start(call)
+        elif call.name in ("KVM_SEV_SNP_LAUNCH_UPDATE", "KVM_SEV_SNP_LAUNCH_FINISH"):
+            context = self._platform.launch_context(call.fd)
+            if context is not None:
+                self._new_pages(call, self._launches[context])
+
+    def _start(self, call: Call) -> None:
+        context = self._platform.launch_context(call.fd)
+        assert context is not None
+        launch = self._launches[context] = _Launch(self._started)
+        self._started += 1
+        self._log.start(
+            {"image": self._program, **_vm(launch)},
+            call.sent["data"]["policy"],
+            platform=self._platform.name,
+            profile=self._platform.profile,
+            vmsa_mode="client",  # its choice, which the pages show
+        )
+
+    def _new_pages(self, call: Call, launch: _Launch) -> None:
+        finish = call.name == "KVM_SEV_SNP_LAUNCH_FINISH"
+        pages = self._platform.measured_pages(call.fd, launch.pages)
+        for number, page in enumerate(pages):
+            origin = "kvm-sync" if finish else _origin(call.sent["data"], number)
+            self._record(launch, page, origin)
+        if finish and not call.ret:
+            self._log.finish(launch.digest, launch.pages, predicted=False, vm=launch.number)
+        self._log.flush()
+
+    def _record(self, launch: _Launch, page: MeasuredPage, origin: str) -> None:
+        vcpu = None
+        if page.type == PageType.VMSA:
+            vcpu, launch.vmsas = launch.vmsas, launch.vmsas + 1
+        record = PageRecord(
+            launch.pages,
+            page.gpa,
+            PageType(page.type),
+            page.contents,
+            page.digest,
+            origin,
+            "",
+            vcpu,
+        )
+        launch.pages, launch.digest = launch.pages + 1, page.digest
+        if launch.number:
+            self._log.write({**record.to_event(), **_vm(launch)})
+        else:
+            self._log.record(record)
+
+
+def _origin(update: Any, number: int) -> str:
+    """Where the client had the page: an address of its memory."""
+    if update["type"] == lib.KVM_SEV_SNP_PAGE_TYPE_ZERO:
+        return "client"
+    return f"client+{update['uaddr'] + number * PAGE_SIZE:#x}"
+
+
+def _vm(launch: _Launch) -> dict[str, int]:
+    return {"vm": launch.number} if launch.number else {}

@@ -159,6 +159,7 @@ static void default_signals(void)
 static void run_child(int to, const char *file, char *const argv[], char *const envp[])
 {
 	int listener;
+	char go;
 
 	default_signals();
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -169,12 +170,28 @@ static void run_child(int to, const char *file, char *const argv[], char *const 
 	}
 	tell(to, 0, listener);
 	close(listener);
+	/* Not before the parent is ready, and traces us if it wants to. */
+	if (read(to, &go, 1) != 1)
+		_exit(127);
 	execve(file, argv, envp);
 	tell(to, KL_SPAWN_EXEC, -1);
 	_exit(127);
 }
 
-struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const envp[])
+/* The child's side of the start has been heard: let it go on. */
+static void let_go(int to, struct kl_spawned *spawned, int traced)
+{
+	struct kl_result done = { 0, 0 };
+
+	if (traced)
+		done = kl_trace(spawned->pid);
+	if (done.ret < 0 || write(to, "", 1) != 1) {
+		spawned->stage = KL_SPAWN_TRACE;
+		spawned->err = done.err;
+	}
+}
+
+struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const envp[], int traced)
 {
 	struct kl_spawned spawned = { -1, -1, 0, 0 };
 	struct message message = { 0 };
@@ -198,6 +215,8 @@ struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const env
 	while (!spawned.stage && hear(ends[0], &message, &spawned.listener)) {
 		spawned.stage = message.stage;
 		spawned.err = message.err;
+		if (!spawned.stage)
+			let_go(ends[0], &spawned, traced);
 	}
 	close(ends[0]);
 	if (spawned.stage && spawned.pid > 0)
@@ -278,6 +297,18 @@ struct kl_result kl_memfd_inode(uint64_t device, int tid, int fd)
 	if (stat(link, &status))
 		return result(-1);
 	return result(status.st_dev == device ? (int64_t)status.st_ino : 0);
+}
+
+struct kl_result kl_take_fd(int process, int fd)
+{
+	int pidfd = (int)syscall(SYS_pidfd_open, process, 0);
+	struct kl_result taken = result(pidfd);
+
+	if (pidfd >= 0) {
+		taken = result(syscall(SYS_pidfd_getfd, pidfd, fd, 0));
+		close(pidfd);
+	}
+	return taken;
 }
 
 int kl_same_memory(int tid, int other)

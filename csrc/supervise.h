@@ -10,6 +10,7 @@
 #define KL_SPAWN_FORK 1
 #define KL_SPAWN_FILTER 2
 #define KL_SPAWN_EXEC 3
+#define KL_SPAWN_TRACE 4
 
 /* pid is the new process and listener the descriptor, or stage says what failed with err. */
 struct kl_spawned {
@@ -19,7 +20,31 @@ struct kl_spawned {
 	int32_t err;
 };
 
-struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const envp[]);
+struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const envp[], int traced);
+
+/* What this machine's CPUID instruction gives: EAX, EBX, ECX, EDX. */
+void kl_native_cpuid(uint32_t function, uint32_t index, uint32_t *registers);
+
+/* Whether the instruction can be made to fault (CPUID faulting). */
+int kl_can_trap_cpuid(void);
+
+/* Trace a process that is about to exec, and all that come from it. */
+struct kl_result kl_trace(int pid);
+
+/* Bits of a leaf that a program shall see instead of the machine's. */
+struct kl_cpuid {
+	uint32_t function;
+	uint32_t index;
+	int32_t is_indexed;
+	uint32_t mask[4];
+	uint32_t value[4];
+};
+
+/*
+ * Wait for the end of a child or traced thread: ret is its id. CPUID instructions of traced
+ * ones are answered meanwhile.
+ */
+struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, int *status);
 
 #define KL_NR_ioctl SYS_ioctl
 #define KL_NR_mmap SYS_mmap
@@ -69,6 +94,9 @@ int kl_still_waits(int listener, uint64_t id);
 
 /* Inode of the memfd behind a descriptor of another process, 0 for another file. */
 struct kl_result kl_memfd_inode(uint64_t device, int tid, int fd);
+
+/* A duplicate of another process's descriptor. */
+struct kl_result kl_take_fd(int process, int fd);
 
 /* Whether both are threads on one address space: 1, 0, or -1 where one is gone. */
 int kl_same_memory(int tid, int other);

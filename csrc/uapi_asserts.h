@@ -334,6 +334,9 @@ KL_SIZE(struct kvm_debug_exit_arch, 0x20);
 KL_SIZE(struct kvm_irqfd, 0x20);
 
 KL_SIZE(struct kvm_ioeventfd, 0x40);
+KL_SIZE(struct kvm_x86_mce, 0x40);
+KL_SIZE(struct kvm_tpr_access_ctl, 0x28);
+KL_SIZE(struct kvm_vapic_addr, 8);
 
 KL_SIZE(struct kvm_irq_level, 0x8);
 

@@ -70,10 +70,15 @@
 #define KVM_SET_LAPIC _IOW(KVMIO, 0x8f, struct kvm_lapic_state)
 #define KVM_SET_CPUID2 _IOW(KVMIO, 0x90, struct kvm_cpuid2)
 #define KVM_GET_CPUID2 _IOWR(KVMIO, 0x91, struct kvm_cpuid2)
+#define KVM_TPR_ACCESS_REPORTING _IOWR(KVMIO, 0x92, struct kvm_tpr_access_ctl)
+#define KVM_SET_VAPIC_ADDR _IOW(KVMIO, 0x93, struct kvm_vapic_addr)
 #define KVM_GET_MP_STATE _IOR(KVMIO, 0x98, struct kvm_mp_state)
 #define KVM_SET_MP_STATE _IOW(KVMIO, 0x99, struct kvm_mp_state)
 #define KVM_NMI _IO(KVMIO, 0x9a)
 #define KVM_SET_GUEST_DEBUG _IOW(KVMIO, 0x9b, struct kvm_guest_debug)
+#define KVM_X86_SETUP_MCE _IOW(KVMIO, 0x9c, uint64_t)
+#define KVM_X86_GET_MCE_CAP_SUPPORTED _IOR(KVMIO, 0x9d, uint64_t)
+#define KVM_X86_SET_MCE _IOW(KVMIO, 0x9e, struct kvm_x86_mce)
 #define KVM_GET_VCPU_EVENTS _IOR(KVMIO, 0x9f, struct kvm_vcpu_events)
 #define KVM_SET_VCPU_EVENTS _IOW(KVMIO, 0xa0, struct kvm_vcpu_events)
 #define KVM_GET_DEBUGREGS _IOR(KVMIO, 0xa1, struct kvm_debugregs)
@@ -104,18 +109,22 @@
 #define KVM_CAP_NR_VCPUS 9
 #define KVM_CAP_NR_MEMSLOTS 10
 #define KVM_CAP_MP_STATE 14
+#define KVM_CAP_SYNC_MMU 16
 #define KVM_CAP_DESTROY_MEMORY_REGION_WORKS 21
 #define KVM_CAP_SET_GUEST_DEBUG 23
 #define KVM_CAP_IRQ_ROUTING 25
 #define KVM_CAP_JOIN_MEMORY_REGIONS_WORKS 30
+#define KVM_CAP_MCE 31
 #define KVM_CAP_IRQFD 32
 #define KVM_CAP_SET_BOOT_CPU_ID 34
 #define KVM_CAP_IOEVENTFD 36
 #define KVM_CAP_SET_IDENTITY_MAP_ADDR 37
 #define KVM_CAP_ADJUST_CLOCK 39
+#define KVM_CAP_INTERNAL_ERROR_DATA 40
 #define KVM_CAP_VCPU_EVENTS 41
 #define KVM_CAP_INTR_SHADOW 49
 #define KVM_CAP_DEBUGREGS 50
+#define KVM_CAP_X86_ROBUST_SINGLESTEP 51
 #define KVM_CAP_XSAVE 55
 #define KVM_CAP_XCRS 56
 #define KVM_CAP_TSC_CONTROL 60
@@ -126,8 +135,10 @@
 #define KVM_CAP_SIGNAL_MSI 77
 #define KVM_CAP_READONLY_MEM 81
 #define KVM_CAP_ENABLE_CAP_VM 98
+#define KVM_CAP_IOEVENTFD_NO_LENGTH 100
 #define KVM_CAP_X86_SMM 117
 #define KVM_CAP_SPLIT_IRQCHIP 121
+#define KVM_CAP_IOEVENTFD_ANY_LENGTH 122
 #define KVM_CAP_MAX_VCPU_ID 128
 #define KVM_CAP_IMMEDIATE_EXIT 136
 #define KVM_CAP_GET_MSR_FEATURES 153
@@ -601,6 +612,10 @@ struct kvm_irq_level {
 	uint32_t level;
 };
 
+/* types of struct kvm_irq_routing_entry */
+#define KVM_IRQ_ROUTING_IRQCHIP 1
+#define KVM_IRQ_ROUTING_MSI 2
+
 struct kvm_irq_routing_irqchip {
 	uint32_t irqchip;
 	uint32_t pin;
@@ -631,6 +646,9 @@ struct kvm_irq_routing {
 	struct kvm_irq_routing_entry entries[];
 };
 
+#define KVM_IRQFD_FLAG_DEASSIGN (1 << 0)
+#define KVM_IRQFD_FLAG_RESAMPLE (1 << 1)
+
 struct kvm_irqfd {
 	uint32_t fd;
 	uint32_t gsi;
@@ -639,6 +657,12 @@ struct kvm_irqfd {
 	uint8_t pad[16];
 };
 
+#define KVM_IOEVENTFD_FLAG_DATAMATCH (1 << 0)
+#define KVM_IOEVENTFD_FLAG_PIO (1 << 1)
+#define KVM_IOEVENTFD_FLAG_DEASSIGN (1 << 2)
+#define KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY (1 << 3)
+#define KVM_IOEVENTFD_FLAG_FAST_MMIO (1 << 4)
+
 struct kvm_ioeventfd {
 	uint64_t datamatch;
 	uint64_t addr;
@@ -646,6 +670,26 @@ struct kvm_ioeventfd {
 	int32_t fd;
 	uint32_t flags;
 	uint8_t pad[36];
+};
+
+struct kvm_tpr_access_ctl {
+	uint32_t enabled;
+	uint32_t flags;
+	uint32_t reserved[8];
+};
+
+struct kvm_vapic_addr {
+	uint64_t vapic_addr;
+};
+
+struct kvm_x86_mce {
+	uint64_t status;
+	uint64_t addr;
+	uint64_t misc;
+	uint64_t mcg_status;
+	uint8_t bank;
+	uint8_t pad1[7];
+	uint64_t pad2[3];
 };
 
 struct kvm_msi {
@@ -661,6 +705,8 @@ struct kvm_pit_config {
 	uint32_t flags;
 	uint32_t pad[15];
 };
+
+#define KVM_CLOCK_TSC_STABLE 2
 
 struct kvm_clock_data {
 	uint64_t clock;

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvmlaunch.sim import mce
 from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.irq import MAX_ROUTES
 from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
@@ -41,9 +43,20 @@ _PLAIN = {
     lib.KVM_CAP_NR_VCPUS: _NR_VCPUS,
     lib.KVM_CAP_NR_MEMSLOTS: _MEMSLOTS,
     lib.KVM_CAP_MP_STATE: 1,
+    lib.KVM_CAP_SYNC_MMU: 1,
     lib.KVM_CAP_DESTROY_MEMORY_REGION_WORKS: 1,
     lib.KVM_CAP_JOIN_MEMORY_REGIONS_WORKS: 1,
     lib.KVM_CAP_SET_BOOT_CPU_ID: 1,
+    lib.KVM_CAP_IRQ_ROUTING: MAX_ROUTES,
+    lib.KVM_CAP_MCE: mce.MAX_BANKS,
+    lib.KVM_CAP_IRQFD: 1,
+    lib.KVM_CAP_IOEVENTFD: 1,
+    lib.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
+    lib.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
+    lib.KVM_CAP_INTERNAL_ERROR_DATA: 1,
+    lib.KVM_CAP_SIGNAL_MSI: 1,
+    lib.KVM_CAP_ADJUST_CLOCK: lib.KVM_CLOCK_TSC_STABLE,
+    lib.KVM_CAP_X86_ROBUST_SINGLESTEP: 1,
     lib.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,
     lib.KVM_CAP_VCPU_EVENTS: 1,
     lib.KVM_CAP_DEBUGREGS: 1,

@@ -111,7 +111,10 @@ RULES: Mapping[tuple[int, int | None], Rule] = {
         # Type and level, then the number of threads that share the cache.
         "eax": ((0x000000FF, EQUAL), (0x03FFC000, AT_MOST)),
         "ebx": ((0x00000FFF, AT_MOST), (0x003FF000, AT_MOST), (0xFFC00000, AT_MOST)),
-        "ecx": _WHOLE_AT_MOST,
+        # Sets and WBINVD's reach only describe: EPYC-v4, with which AMD's own scripts launch, has
+        # others than Milan. Complex indexing was seen to be refused (NVIDIA/nvtrust issue 91).
+        "ecx": _WHOLE_FREE,
+        "edx": ((0x3, FREE),),
     },
     (0x8000001E, None): {
         "eax": _WHOLE_FREE,  # extended APIC id

@@ -10,6 +10,7 @@ from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.sim import exits
 from kvmlaunch.sim.ghcb import Ghcb, ScratchArea
 from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
@@ -30,7 +31,10 @@ def port_io(vcpu: Vcpu, ghcb: Ghcb) -> int:
     if ghcb.info_1 & _STRING:
         return _string(vcpu, ghcb, size, port, is_in=is_in)
     run, registers = vcpu.run, ghcb.registers
-    exits.put_io_data(run, bytes(size) if is_in else registers["rax"].to_bytes(8, "little")[:size])
+    data = bytes(size) if is_in else registers["rax"].to_bytes(8, "little")[:size]
+    if not is_in and vcpu.vm.ioeventfds.write(lib.KVM_IOEVENTFD_FLAG_PIO, port, data):
+        return 1
+    exits.put_io_data(run, data)
     exits.io(run, is_in=is_in, port=port, size=size, count=1)
 
     def complete() -> int:
@@ -114,12 +118,15 @@ def _mmio(vcpu: Vcpu, ghcb: Ghcb, *, is_write: bool) -> int:
 
 
 def _in_kernel(vcpu: Vcpu, area: ScratchArea, gpa: int, size: int, *, is_write: bool) -> int:
-    """vcpu_mmio_read() and vcpu_mmio_write(): how many bytes are the APIC's, from the first on."""
+    """vcpu_mmio_read() and vcpu_mmio_write(): how many bytes are done here, from the first on."""
     done = 0
     while done < size:
         count = min(size - done, _MMIO_PIECE)
         if is_write:
-            if not vcpu.apic.write_mmio(gpa + done & _U64, area.read(done, count)):
+            address, data = gpa + done & _U64, area.read(done, count)
+            if not (
+                vcpu.apic.write_mmio(address, data) or vcpu.vm.ioeventfds.write(0, address, data)
+            ):
                 break
         else:
             answer = vcpu.apic.read_mmio(gpa + done & _U64, count)

@@ -72,6 +72,8 @@ def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:
         return vcpu.apic.write_msr(index, value)
     if index == msrs.APIC_BASE:
         return vcpu.apic.guest_sets_base(value)
+    if not vcpu.state.machine_check.guest_may_set(index, value):
+        return False
     return vcpu.state.set_msr(index, value)
 
 

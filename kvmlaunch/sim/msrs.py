@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from kvmlaunch.sim import mtrr
 from kvmlaunch.sim.uaccess import UserSpace, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
@@ -16,6 +17,7 @@ __all__ = [
     "FEATURES",
     "PASSED_THROUGH",
     "PLAIN",
+    "RESERVED",
     "SAVED",
     "TSC",
     "VMCB",
@@ -29,7 +31,7 @@ EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
 SYSENTER_ESP, SYSENTER_EIP = 0x175, 0x176
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
 
-TSC = 0x10
+TSC, POLL_CONTROL = 0x10, 0x4B564D05
 APIC = frozenset({*range(0x800, 0x900), 0x6E0})
 """x2APIC registers and the TSC deadline."""
 
@@ -58,16 +60,29 @@ PLAIN: Mapping[int, int] = MappingProxyType(
     {
         TSC: 0,
         0x3B: 0,  # TSC_ADJUST
-        0x17A: 0,  # MCG_STATUS
         0x1A0: 0x1,  # MISC_ENABLE
-        0x2FF: 0,  # MTRR default type
+        **mtrr.RESET,
         TSC_AUX: 0,
         0xC0010015: 0,  # HWCR
-        0x4B564D00: 0,  # KVM wall clock
-        0x4B564D01: 0,  # KVM system time
+        **dict.fromkeys((0x11, 0x12, *range(0x4B564D00, 0x4B564D05), 0x4B564D06, 0x4B564D08), 0),
+        POLL_CONTROL: 1,
     }
 )
-"""MSR -> reset value, kept by KVM and never in the VMSA."""
+"""MSR -> reset value, kept by KVM and never in the VMSA.
+
+Those of KVM itself (0x11, 0x12, 0x4B564Dxx) have no effect here: no clock is written.
+"""
+
+RESERVED: Mapping[int, int] = MappingProxyType(
+    {
+        0x4B564D02: 0x30,  # ASYNC_PF_EN
+        0x4B564D03: 0x3E,  # STEAL_TIME
+        POLL_CONTROL: ~1,
+        0x4B564D06: ~0xFF,  # ASYNC_PF_INT
+        0x4B564D08: ~1,  # MIGRATION_CONTROL
+    }
+)
+"""MSR -> bits that must be 0 (kvm_set_msr_common())."""
 
 PASSED_THROUGH = frozenset({*VMCB, EFER, XSS, FS_BASE, GS_BASE})
 """MSRs that a running SNP guest owns: after encryption a batch stops at them.
@@ -78,7 +93,14 @@ The guest's CPUID decides for XSS and SYSENTER_ESP/EIP (VcpuState.passes_through
 ADDRESSES = frozenset({FS_BASE, GS_BASE, 0xC0000102, 0xC0000083, 0xC0000082})
 """MSRs that refuse an address that isn't canonical (__kvm_set_msr())."""
 
-SAVED = tuple(sorted({*VMCB, *PLAIN, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE}))
+_MCG_STATUS, _MCG_CTL, _MTRR_DEFAULT = 0x17A, 0x17B, 0x2FF
+
+SAVED = tuple(
+    sorted(
+        {*VMCB, *PLAIN, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE, _MCG_STATUS, _MCG_CTL}
+        - (mtrr.RESET.keys() - {_MTRR_DEFAULT})
+    )
+)
 """KVM_GET_MSR_INDEX_LIST."""
 
 FEATURES: Mapping[int, int] = MappingProxyType(

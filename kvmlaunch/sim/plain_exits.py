@@ -15,6 +15,7 @@ from kvmlaunch.softcpu import (
     MsrWrite,
     Vmmcall,
 )
+from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu_run import VcpuRun
@@ -37,7 +38,10 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
         return 0
 
     def io_write(event: IoWrite) -> int:
-        exits.put_io_data(vcpu.run, event.value.to_bytes(event.size, "little"))
+        data = event.value.to_bytes(event.size, "little")
+        if vcpu.vm.ioeventfds.write(lib.KVM_IOEVENTFD_FLAG_PIO, event.port, data):
+            return 1
+        exits.put_io_data(vcpu.run, data)
         exits.io(vcpu.run, is_in=False, port=event.port, size=event.size, count=1)
         return 0
 
@@ -51,7 +55,7 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
 
     def mmio_write(event: MmioWrite) -> int:
         data = event.value.to_bytes(event.size, "little")
-        if vcpu.apic.write_mmio(event.gpa, data):
+        if vcpu.apic.write_mmio(event.gpa, data) or vcpu.vm.ioeventfds.write(0, event.gpa, data):
             return 1
         exits.mmio(vcpu.run, event.gpa, event.size, data)
         return 0

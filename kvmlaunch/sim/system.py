@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from kvmlaunch.sim import caps, msrs
+from kvmlaunch.sim import caps, mce, msrs
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.host import Host
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
@@ -36,6 +36,7 @@ class KvmDevice(File):
             lib.KVM_GET_MSR_INDEX_LIST: self._msr_index_list,
             lib.KVM_GET_MSR_FEATURE_INDEX_LIST: self._msr_feature_index_list,
             lib.KVM_GET_MSRS: self._get_feature_msrs,
+            lib.KVM_X86_GET_MCE_CAP_SUPPORTED: self._mce_cap_supported,
             lib.KVM_GET_DEVICE_ATTR: self._get_device_attr,
             lib.KVM_HAS_DEVICE_ATTR: self._has_device_attr,
         }
@@ -120,6 +121,10 @@ class KvmDevice(File):
 
     def _get_feature_msrs(self, arg: int) -> int:
         return msrs.transfer(self._host.user, arg, msrs.FEATURES.get, write_back=True)
+
+    def _mce_cap_supported(self, arg: int) -> int:
+        self._host.user.write(arg, mce.SUPPORTED.to_bytes(8, "little"))
+        return 0
 
     def _get_device_attr(self, arg: int) -> int:
         attr = copy_in(self._host.user, "kvm_device_attr", arg)

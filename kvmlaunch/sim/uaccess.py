@@ -6,6 +6,7 @@ import bisect
 import errno
 import mmap
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -13,7 +14,17 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.uapi import RealPlatform, ffi, lib, peek, poke
 
-__all__ = ["Caller", "OwnProcess", "RunPages", "UserSpace", "copy_in", "copy_out", "refuse"]
+__all__ = [
+    "Caller",
+    "Eventfd",
+    "OwnProcess",
+    "RunPages",
+    "UserSpace",
+    "copy_in",
+    "copy_out",
+    "eventfd_id",
+    "refuse",
+]
 
 _NOWHERE = 1 << 64
 
@@ -30,6 +41,13 @@ class RunPages(NamedTuple):
 
     address: int
     fd: int | None
+
+
+class Eventfd(NamedTuple):
+    """A descriptor of this process for somebody's eventfd, and what tells it from others."""
+
+    fd: int
+    id: int
 
 
 class UserSpace(Protocol):
@@ -69,6 +87,9 @@ class UserSpace(Protocol):
 
         Bit N-1 is signal N; None is the thread's own mask.
         """
+
+    def eventfd(self, fd: int) -> Eventfd:
+        """A duplicate of an eventfd. Raises OSError (EBADF, EINVAL where it isn't one)."""
 
     def new_run_pages(self, size: int) -> RunPages:
         """Zeroed memory that a vCPU shares with user space. Raises OSError."""
@@ -132,6 +153,10 @@ class OwnProcess:
         """Whether this thread was kicked since it asked last."""
         return bool(lib.kl_take_kick())
 
+    def eventfd(self, fd: int) -> Eventfd:
+        """dup(2)."""
+        return Eventfd(os.dup(fd), eventfd_id("self", fd))
+
     def new_run_pages(self, size: int) -> RunPages:
         """Anonymous memory."""
         result = RealPlatform().mmap(
@@ -157,6 +182,18 @@ def _writable_ranges() -> list[tuple[int, int]]:
                 first = ranges.pop()[0]
             ranges.append((first, end))
     return ranges
+
+
+def eventfd_id(process: int | str, fd: int) -> int:
+    """The kernel's number of an eventfd. Raises OSError: EBADF, EINVAL where it isn't one."""
+    try:
+        info = Path(f"/proc/{process}/fdinfo/{fd}").read_text()
+    except OSError:
+        refuse(errno.EBADF)
+    found = re.search(r"^eventfd-id:\s*(\d+)$", info, re.MULTILINE)
+    if found is None:
+        refuse(errno.EINVAL)
+    return int(found[1])
 
 
 def refuse(code: int) -> NoReturn:

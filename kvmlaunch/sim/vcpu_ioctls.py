@@ -340,6 +340,28 @@ def _get_tsc_khz(vcpu: Vcpu, arg: int) -> int:
     return vcpu.tsc_khz
 
 
+def _tpr_access_reporting(vcpu: Vcpu, arg: int) -> int:
+    """Taken, and without effect: it was for CPUs whose task priority isn't virtualised."""
+    copy_out(vcpu.vm.host.user, arg, copy_in(vcpu.vm.host.user, "kvm_tpr_access_ctl", arg))
+    return 0
+
+
+def _set_vapic_addr(vcpu: Vcpu, arg: int) -> int:
+    """As KVM_TPR_ACCESS_REPORTING."""
+    _need_lapic(vcpu)
+    address = copy_in(vcpu.vm.host.user, "kvm_vapic_addr", arg).vapic_addr
+    if address and vcpu.vm.slots.find(address // PAGE_SIZE) is None:
+        refuse(errno.EINVAL)
+    return 0
+
+
+def _setup_mce(vcpu: Vcpu, arg: int) -> int:
+    cap = int.from_bytes(vcpu.vm.host.user.read(arg, 8), "little")
+    if not vcpu.state.machine_check.set_up(cap):
+        refuse(errno.EINVAL)
+    return 0
+
+
 def _translate(vcpu: Vcpu, arg: int) -> int:
     """Without paging an address is its own translation; page tables need a CPU (ENOSYS)."""
     user = vcpu.vm.host.user
@@ -451,6 +473,10 @@ HANDLERS: Mapping[int, Callable[[Vcpu, int], int]] = MappingProxyType(
         lib.KVM_GET_TSC_KHZ: _get_tsc_khz,
         lib.KVM_PRE_FAULT_MEMORY: _pre_fault,
         lib.KVM_TRANSLATE: _translate,
+        lib.KVM_TPR_ACCESS_REPORTING: _tpr_access_reporting,
+        lib.KVM_SET_VAPIC_ADDR: _set_vapic_addr,
+        lib.KVM_X86_SETUP_MCE: _setup_mce,
+        lib.KVM_X86_SET_MCE: _unsimulated,
         lib.KVM_GET_DEVICE_ATTR: _get_device_attr,
         lib.KVM_SET_DEVICE_ATTR: _set_device_attr,
         lib.KVM_HAS_DEVICE_ATTR: _has_device_attr,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import msrs
+from kvmlaunch.sim import msrs, mtrr
 from kvmlaunch.sim.fpu import FpuState
 from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits, canonical
+from kvmlaunch.sim.mce import MachineCheck
 from kvmlaunch.sim.vmcb import Segment, Vmcb
 
 __all__ = ["GENERAL", "VcpuState"]
@@ -60,6 +61,7 @@ class VcpuState:
         self.db = [0, 0, 0, 0]
         self.dr6, self.dr7 = 0xFFFF0FF0, 0x400
         self.msrs = dict(msrs.PLAIN)
+        self.machine_check = MachineCheck()
         self._sysenter_high = {msrs.SYSENTER_ESP: 0, msrs.SYSENTER_EIP: 0}
         self.pdptrs = [0, 0, 0, 0]
         self._host = host
@@ -195,7 +197,7 @@ class VcpuState:
             return high << 32 | self.vmcb[msrs.VMCB[index]]
         if index in msrs.VMCB:
             return self.vmcb[msrs.VMCB[index]]
-        return self.msrs.get(index)
+        return self.msrs.get(index, self.machine_check.get(index))
 
     def set_msr(self, index: int, value: int) -> bool:
         """Store one MSR; False where KVM refuses."""
@@ -221,7 +223,7 @@ class VcpuState:
         elif index in msrs.PLAIN:
             self.msrs[index] = value & 0xFFFFFFFF if index == msrs.TSC_AUX else value
         else:
-            return False
+            return self.machine_check.set(index, value)
         return True
 
     def passes_through(self, index: int) -> bool:
@@ -245,6 +247,10 @@ class VcpuState:
             return not value & ~(_DEBUGCTL_LBR | _DEBUGCTL_DROPPED)
         if index == msrs.XSS:
             return not value & ~self.supported_xss
+        if index in msrs.RESERVED:
+            return not value & msrs.RESERVED[index]
+        if index in mtrr.RESET:
+            return mtrr.is_valid(index, value, self.reserved_gpa_bits)
         return index != msrs.APIC_BASE or self.apic_base_valid(value)
 
 

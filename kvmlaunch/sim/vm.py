@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvmlaunch.sim import caps, intercepts, irq
 from kvmlaunch.sim.enable_cap import enable_cap
+from kvmlaunch.sim.eventfds import Ioeventfds, Irqfds
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.guest_memfd import GuestMemfd
 from kvmlaunch.sim.guest_memory import VmMemory
@@ -41,6 +42,8 @@ class Vm:
         self.mm = host.user.mm
         self.dead = False
         self.irq = irq.Irqchips()
+        self.ioeventfds = Ioeventfds(self)
+        self.irqfds = Irqfds(self)
         self.bsp_id = 0
         self.max_vcpu_ids = 0
         self.disabled_quirks = 0
@@ -159,6 +162,8 @@ class Vm:
         """Drop a reference; the last one ends the VM."""
         self._references -= 1
         if not self._references:
+            self.ioeventfds.close()
+            self.irqfds.close()
             self.slots.remove_all()
             for vcpu in self.vcpus:
                 vcpu.destroy()
@@ -198,8 +203,8 @@ class VmFile(File):
             lib.KVM_GET_CLOCK: self._get_clock,
             lib.KVM_SET_CLOCK: self._set_clock,
             lib.KVM_X86_SET_MSR_FILTER: self._set_msr_filter,
-            lib.KVM_IRQFD: self._unsimulated,
-            lib.KVM_IOEVENTFD: self._unsimulated,
+            lib.KVM_IRQFD: self.vm.irqfds.command,
+            lib.KVM_IOEVENTFD: self.vm.ioeventfds.command,
             lib.KVM_GET_STATS_FD: self._unsimulated,
         }
         for request, handler in irq.HANDLERS.items():
@@ -313,6 +318,7 @@ class VmFile(File):
     def _get_clock(self, arg: int) -> int:
         """The guest's time, in nanoseconds: it goes on only while guest code runs."""
         clock = ffi.new("struct kvm_clock_data *")
+        clock.flags = lib.KVM_CLOCK_TSC_STABLE
         clock.clock = self.vm.guest_ticks * 1_000_000 // self.vm.tsc_khz
         copy_out(self._user, arg, clock)
         return 0

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim.uaccess import RunPages, refuse
+from kvmlaunch.sim.uaccess import Eventfd, RunPages, eventfd_id, refuse
 from kvmlaunch.supervisor.clients import Clients, ClientThread
 from kvmlaunch.uapi import address_of, ffi, lib
 
@@ -99,6 +99,14 @@ class ClientMemory:
             return not self._clients.still_waits() or self.caller.signal_pending(mask)
         except OSError:
             return True
+
+    def eventfd(self, fd: int) -> Eventfd:
+        """A duplicate of the client's, by pidfd_getfd(2)."""
+        found = eventfd_id(self.caller.tid, fd)
+        taken = lib.kl_take_fd(self.caller.space.process, fd)
+        if taken.ret < 0:
+            refuse(taken.err)
+        return Eventfd(int(taken.ret), found)
 
     def new_run_pages(self, size: int) -> RunPages:
         """A memfd, which is what the client maps."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform as machine
 import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 from kvmlaunch.errors import FormatError, KvmLaunchError, MissingCapability
 from kvmlaunch.launch.pagelog import PageLog
 from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim.cpumodel import cpu_model
 from kvmlaunch.sim.faults import Faults
 from kvmlaunch.sim.spec import SimSpec
 from kvmlaunch.supervisor.clients import Clients
+from kvmlaunch.supervisor.cpuid import cpuid_table, differs
 from kvmlaunch.supervisor.descriptors import ClientFds
 from kvmlaunch.supervisor.desk import Desk
 from kvmlaunch.supervisor.log import LaunchLog
@@ -54,7 +58,10 @@ class Supervisor:
         Processes that it leaves behind are waited for, as is every other child of this process.
         Raises KvmLaunchError where the program can't be started or watched.
         """
-        pid, listener = _spawn(command, os.environ if env is None else env)
+        cpu = cpu_model(self._spec.product)
+        table = cpuid_table(cpu) if differs(cpu) and lib.kl_can_trap_cpuid() else None
+        variables = os.environ if env is None else env
+        pid, listener = _spawn(command, variables, traced=table is not None)
         clients = Clients(listener)
         fds = ClientFds(clients)
         platform = SimPlatform(
@@ -68,7 +75,7 @@ class Supervisor:
         desk = Desk(platform, clients, fds, self._watcher(platform, clients, command[0]))
         desk.open()
         try:
-            return _wait(pid)
+            return _wait(pid, table)
         finally:
             desk.close()
 
@@ -90,7 +97,7 @@ class Supervisor:
         return watcher
 
 
-def _spawn(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, int]:
+def _spawn(command: Sequence[str], env: Mapping[str, str], *, traced: bool) -> tuple[int, int]:
     """Start ``command``: its process id, and the listener that its calls come from."""
     file = shutil.which(command[0], path=env.get("PATH", os.defpath))
     if file is None:
@@ -101,6 +108,7 @@ def _spawn(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, int]:
         os.fsencode(file),
         ffi.new("char *[]", [*arguments, ffi.NULL]),
         ffi.new("char *[]", [*variables, ffi.NULL]),
+        traced,
     )
     if not spawned.stage:
         return spawned.pid, spawned.listener
@@ -112,9 +120,14 @@ def _spawn(command: Sequence[str], env: Mapping[str, str]) -> tuple[int, int]:
     raise KvmLaunchError(f"{file} can't be started: {why}")
 
 
-def _wait(pid: int) -> int:
-    """Wait for every process that is left; the exit code of ``pid``."""
+def _wait(pid: int, cpuid: Any) -> int:
+    """Wait for every process that is left; the exit code of ``pid``.
+
+    ``cpuid``: what CPUID instructions give, None where they aren't trapped.
+    """
     code = 0
+    status = ffi.new("int *")
+    table, count = (ffi.NULL, 0) if cpuid is None else (cpuid, len(cpuid))
 
     def forward(number: int, _frame: FrameType | None) -> None:
         os.kill(pid, number)
@@ -124,11 +137,11 @@ def _wait(pid: int) -> int:
     handlers |= {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         while True:
-            ended, status = os.waitpid(-1, 0)
-            if ended == pid:
-                code = os.waitstatus_to_exitcode(status)
-    except ChildProcessError:
-        return code if code >= 0 else 128 - code
+            ended = lib.kl_wait(table, count, status)
+            if ended.ret == pid:
+                code = os.waitstatus_to_exitcode(status[0])
+            elif ended.ret < 0 and ended.err != errno.EINTR:
+                return code if code >= 0 else 128 - code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

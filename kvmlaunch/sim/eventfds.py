@@ -1,0 +1,204 @@
+"""ioeventfd and irqfd: eventfds that guest writes signal, and that raise interrupts (eventfd.c)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvmlaunch.sim.uaccess import Eventfd, copy_in, refuse
+from kvmlaunch.uapi import lib
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vm import Vm
+
+__all__ = ["Ioeventfds", "Irqfds"]
+
+_PIO, _CCW = lib.KVM_IOEVENTFD_FLAG_PIO, lib.KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY
+# FAST_MMIO isn't in the header, but in KVM_IOEVENTFD_VALID_FLAG_MASK; it changes nothing.
+_IO_FLAGS = (
+    lib.KVM_IOEVENTFD_FLAG_DATAMATCH | lib.KVM_IOEVENTFD_FLAG_DEASSIGN | _PIO | _CCW
+) | lib.KVM_IOEVENTFD_FLAG_FAST_MMIO
+_IRQ_FLAGS = lib.KVM_IRQFD_FLAG_DEASSIGN | lib.KVM_IRQFD_FLAG_RESAMPLE
+_MOST_DEVICES = 1000  # NR_IOBUS_DEVS counts only others, but nothing here should be without end
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a write must be like; ``value`` is None where any will do."""
+
+    bus: int
+    address: int
+    length: int
+    value: int | None
+
+    def takes(self, bus: int, address: int, data: bytes) -> bool:
+        """ioeventfd_in_range()."""
+        if (bus, address) != (self.bus, self.address):
+            return False
+        if not self.length:
+            return True
+        value = int.from_bytes(data, "little")
+        return len(data) == self.length and self.value in (None, value)
+
+    def collides(self, other: _Place) -> bool:
+        """ioeventfd_check_collision()."""
+        if (self.bus, self.address) != (other.bus, other.address):
+            return False
+        if not self.length or not other.length:
+            return True
+        any_value = None in (self.value, other.value)
+        return self.length == other.length and (any_value or self.value == other.value)
+
+
+class Ioeventfds:
+    """Places of one VM whose writes end in the kernel, with a signal."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._places: dict[_Place, Eventfd] = {}
+
+    def command(self, arg: int) -> int:
+        """KVM_IOEVENTFD."""
+        given = copy_in(self._vm.host.user, "kvm_ioeventfd", arg)
+        if given.flags & lib.KVM_IOEVENTFD_FLAG_DEASSIGN:
+            return self._deassign(given)
+        return self._assign(given)
+
+    def write(self, bus: int, address: int, data: bytes) -> bool:
+        """A guest's write; ``bus`` is 0 for memory, KVM_IOEVENTFD_FLAG_PIO for ports."""
+        for place, event in self._places.items():
+            if place.takes(bus, address, data):
+                os.eventfd_write(event.fd, 1)
+                return True
+        return False
+
+    def close(self) -> None:
+        """The VM is gone."""
+        for event in self._places.values():
+            os.close(event.fd)
+        self._places.clear()
+
+    def _assign(self, given: Any) -> int:
+        if given.len not in (0, 1, 2, 4, 8) or given.addr + given.len >> 64:
+            refuse(errno.EINVAL)
+        matches = given.flags & lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if given.flags & ~_IO_FLAGS or (matches and not given.len):
+            refuse(errno.EINVAL)
+        event = self._vm.host.user.eventfd(given.fd)
+        place = _place(given)
+        taken = any(place.collides(other) for other in self._places)
+        if taken or len(self._places) == _MOST_DEVICES:
+            os.close(event.fd)
+            refuse(errno.EEXIST if taken else errno.ENOSPC)
+        self._places[place] = event
+        return 0
+
+    def _deassign(self, given: Any) -> int:
+        event = self._vm.host.user.eventfd(given.fd)
+        os.close(event.fd)
+        found = self._places.get(_place(given))
+        if found is None or found.id != event.id:
+            refuse(errno.ENOENT)
+        del self._places[_place(given)]
+        os.close(found.fd)
+        return 0
+
+
+def _place(given: Any) -> _Place:
+    bus = _PIO if given.flags & _PIO else given.flags & _CCW
+    matches = given.flags & lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+    return _Place(bus, given.addr, given.len, given.datamatch if matches else None)
+
+
+class _Irqfd(NamedTuple):
+    event: Eventfd
+    gsi: int
+
+
+class Irqfds:
+    """Eventfds of one VM that raise interrupts. A thread of its own waits for them."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._by_fd: dict[int, _Irqfd] = {}
+        self._epoll: select.epoll | None = None
+        self._stop = -1
+
+    def command(self, arg: int) -> int:
+        """KVM_IRQFD."""
+        vm = self._vm
+        given = copy_in(vm.host.user, "kvm_irqfd", arg)
+        if given.flags & ~_IRQ_FLAGS:
+            refuse(errno.EINVAL)
+        if given.flags & lib.KVM_IRQFD_FLAG_DEASSIGN:
+            return self._deassign(given)
+        if not vm.irq.in_kernel:
+            refuse(errno.EAGAIN)
+        if given.flags & lib.KVM_IRQFD_FLAG_RESAMPLE:
+            # Only an IOAPIC in the kernel acknowledges, and none is simulated.
+            refuse(errno.ENOSYS if vm.irq.pic else errno.EINVAL)
+        event = vm.host.user.eventfd(_signed(given.fd))
+        if any(irqfd.event.id == event.id for irqfd in self._by_fd.values()):
+            os.close(event.fd)
+            refuse(errno.EBUSY)
+        self._by_fd[event.fd] = _Irqfd(event, given.gsi)
+        self._watch(event.fd)
+        return 0
+
+    def close(self) -> None:
+        """The VM is gone."""
+        if self._epoll is not None:
+            os.eventfd_write(self._stop, 1)
+        for fd in self._by_fd:
+            os.close(fd)
+        self._by_fd.clear()
+
+    def _deassign(self, given: Any) -> int:
+        event = self._vm.host.user.eventfd(_signed(given.fd))
+        os.close(event.fd)
+        for fd, irqfd in list(self._by_fd.items()):
+            if (irqfd.event.id, irqfd.gsi) == (event.id, given.gsi):
+                del self._by_fd[fd]
+                os.close(fd)
+        return 0
+
+    def _watch(self, fd: int) -> None:
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+            self._epoll.register(self._stop, select.EPOLLIN)
+            args = (self._epoll, self._stop)
+            threading.Thread(target=self._wait, args=args, name="irqfd", daemon=True).start()
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _wait(self, epoll: select.epoll, stop: int) -> None:
+        host = self._vm.host
+        with epoll:
+            while True:
+                ready = [fd for fd, _ in epoll.poll()]
+                if stop in ready:
+                    os.close(stop)
+                    return
+                with host.gate.stopped(), host.lock:
+                    for fd in ready:
+                        self._inject(fd)
+
+    def _inject(self, fd: int) -> None:
+        """irqfd_inject(): up and down again. Under the host's lock."""
+        irqfd = self._by_fd.get(fd)
+        if irqfd is None:
+            return
+        try:
+            os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return  # its owner was faster
+        self._vm.irq.raise_line(self._vm, irqfd.gsi, 1)
+        self._vm.irq.raise_line(self._vm, irqfd.gsi, 0)
+
+
+def _signed(fd: int) -> int:
+    return fd - (1 << 32) if fd >> 31 else fd

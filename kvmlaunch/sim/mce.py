@@ -1,0 +1,77 @@
+"""Machine checks: the registers, of which none ever happens (x86.c: set_msr_mce, get_msr_mce)."""
+
+from __future__ import annotations
+
+__all__ = ["MAX_BANKS", "SUPPORTED", "MachineCheck"]
+
+MAX_BANKS = 32
+"""KVM_MAX_MCE_BANKS."""
+
+_CTL_P, _SER_P = 1 << 8, 1 << 24  # of MCG_CAP (asm/mce.h)
+SUPPORTED = _CTL_P | _SER_P
+"""KVM_X86_GET_MCE_CAP_SUPPORTED."""
+
+_MCG_CAP, _MCG_STATUS, _MCG_CTL, _MC0_CTL = 0x179, 0x17A, 0x17B, 0x400
+_ALL_ONES = (1 << 64) - 1
+# Linux clears bit 10 of bank 4 on AMD K8s, and bit 0 on some others.
+_MAY_BE_CLEAR = 1 << 10 | 1
+_REGISTERS, _CTL, _STATUS = 4, 0, 1
+
+
+class MachineCheck:
+    """The registers of one vCPU."""
+
+    def __init__(self) -> None:
+        self.cap = MAX_BANKS
+        self._ctl = 0
+        self._status = 0
+        self._banks = [0] * (MAX_BANKS * _REGISTERS)
+
+    def set_up(self, cap: int) -> bool:
+        """KVM_X86_SETUP_MCE; False where KVM refuses."""
+        banks = cap & 0xFF
+        if not 0 < banks <= MAX_BANKS or cap & ~(SUPPORTED | 0xFF | 0xFF0000):
+            return False
+        self.cap = cap
+        if cap & _CTL_P:
+            self._ctl = _ALL_ONES
+        for bank in range(banks):
+            self._banks[bank * _REGISTERS] = _ALL_ONES
+        return True
+
+    def get(self, index: int) -> int | None:
+        """One register; None where there is none."""
+        if index == _MCG_CTL and not self.cap & _CTL_P:
+            return 0
+        registers = {_MCG_CAP: self.cap, _MCG_STATUS: self._status, _MCG_CTL: self._ctl}
+        if index in registers:
+            return registers[index]
+        return self._banks[index - _MC0_CTL] if self._is_bank(index) else None
+
+    def set(self, index: int, value: int) -> bool:
+        """Store one register, as user space may; False where KVM refuses."""
+        if index == _MCG_STATUS:
+            self._status = value
+        elif index == _MCG_CTL:
+            if value not in (0, _ALL_ONES) or (value and not self.cap & _CTL_P):
+                return False
+            self._ctl = value
+        elif self._is_bank(index):
+            at = index - _MC0_CTL
+            is_control = at % _REGISTERS == _CTL
+            if is_control and value and value | _MAY_BE_CLEAR != _ALL_ONES:
+                return False
+            self._banks[at] = value
+        else:
+            return False
+        return True
+
+    def guest_may_set(self, index: int, value: int) -> bool:
+        """What the guest may not do, but user space may: make up errors."""
+        if index == _MCG_CTL and not self.cap & _CTL_P:
+            return False
+        is_status = self._is_bank(index) and (index - _MC0_CTL) % _REGISTERS == _STATUS
+        return not (is_status and value)
+
+    def _is_bank(self, index: int) -> bool:
+        return 0 <= index - _MC0_CTL < (self.cap & 0xFF) * _REGISTERS

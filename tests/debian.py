@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,6 +24,7 @@ _DIGITS = re.compile(r"(\d+)")
 _MADISON = ("apt-cache", "madison")
 # The second is tar's, where there is room for a part of a block.
 _FULL = re.compile(r"^.*(?:No space left on device|Wrote only \d+ of \d+ bytes).*$", re.MULTILINE)
+_COMPILERS = re.compile(r"^.*(?: error: | undefined reference |cannot find ).*$", re.MULTILINE)
 
 
 class Unavailable(Exception):
@@ -72,16 +74,29 @@ def known(glob: str) -> list[str]:
 
     Raises Unavailable without ``KVMLAUNCH_FETCH=1`` or apt, or if there is none.
     """
-    if os.environ.get("KVMLAUNCH_FETCH") != "1":
-        raise Unavailable(f"package {glob} isn't installed and KVMLAUNCH_FETCH is not 1")
-    if not shutil.which("apt-get") or not shutil.which("dpkg"):
-        raise Unavailable(f"package {glob} isn't installed and this is no Debian")
+    check_fetching(glob)
     prefix = re.split(r"[*?\[]", glob)[0]
     listed = _run(glob, "apt-cache", "pkgnames", prefix).split()
     names = sorted((name for name in listed if fnmatchcase(name, glob)), key=_natural)
     if not names:
         raise Unavailable(f"apt knows no package {glob} (apt-get update?)")
     return names
+
+
+def check_fetching(package: str) -> None:
+    """Raises Unavailable without ``KVMLAUNCH_FETCH=1`` or apt."""
+    if os.environ.get("KVMLAUNCH_FETCH") != "1":
+        raise Unavailable(f"package {package} isn't installed and KVMLAUNCH_FETCH is not 1")
+    if not shutil.which("apt-get") or not shutil.which("dpkg"):
+        raise Unavailable(f"package {package} isn't installed and this is no Debian")
+
+
+def check_commands(packages: Mapping[str, str]) -> None:
+    """Raises Unavailable, naming every command that is missing and the package to install."""
+    missing = [command for command in packages if shutil.which(command) is None]
+    if missing:
+        names = " ".join(packages[command] for command in missing)
+        raise Unavailable(f"there is no {', '.join(missing)} (apt install {names})")
 
 
 def versions(package: str) -> list[str]:
@@ -143,28 +158,32 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kvmlaunch")
 
 
-def _run(package: str, *command: str, cwd: str | None = None) -> str:
+def run(failure: str, *command: str, cwd: Path | str | None = None, seconds: int) -> str:
+    """What a command prints. Raises Unavailable: ``failure``, and what the command said last."""
     try:
         done = subprocess.run(
             command,
             cwd=cwd,
             # Their messages are read below.
             env={**os.environ, "LC_ALL": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=True,
-            timeout=_APT_SECONDS,
+            timeout=seconds,
         )
     except subprocess.CalledProcessError as error:
         said = (error.stderr or "").strip()
         if full := _FULL.search(said):
-            raise DiskFull(
-                f"package {package} can't be fetched, the disk is full: {full[0]}"
-            ) from None
-        last = " ".join(said.splitlines()[-1:])
-        raise Unavailable(f"package {package} can't be fetched: {last}") from None
+            raise DiskFull(f"{failure}, the disk is full: {full[0]}") from None
+        # The last word of make is only that there was an error.
+        errors = _COMPILERS.findall(said) or said.splitlines()[-1:]
+        raise Unavailable(f"{failure}: {''.join(errors[:1])}") from None
     except subprocess.TimeoutExpired:
-        raise Unavailable(
-            f"package {package} can't be fetched: no answer in {_APT_SECONDS} s"
-        ) from None
+        raise Unavailable(f"{failure}: no answer in {seconds} s") from None
     return done.stdout
+
+
+def _run(package: str, *command: str, cwd: str | None = None) -> str:
+    failure = f"package {package} can't be fetched"
+    return run(failure, *command, cwd=cwd, seconds=_APT_SECONDS)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests import debian
-from tests.debian import Unavailable
 from tests.kernel_packages import KernelPackages
 from tests.mainline import module
 from tests.mainline.machine import Parts
@@ -30,10 +29,7 @@ _TOOLS = {
 
 def check_tools() -> None:
     """Raises Unavailable, naming every tool that is missing and how to get it."""
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
-    if missing:
-        packages = " ".join(_TOOLS[tool] for tool in missing)
-        raise Unavailable(f"there is no {', '.join(missing)} (apt install {packages})")
+    debian.check_commands(_TOOLS)
 
 
 def prepare(say: Callable[[str], object] = lambda text: None) -> Parts:

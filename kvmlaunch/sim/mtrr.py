@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["RESET", "is_valid"]
+__all__ = ["CAPABILITIES", "RESET", "is_valid"]
 
 _DEFAULT_TYPE = 0x2FF
 _VARIABLE = range(0x200, 0x210)
 _FIXED = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 _TYPES = (0, 1, 4, 5, 6)
+
+CAPABILITIES = {0xFE: 0x500 | len(_VARIABLE) // 2}
+"""MTRRcap, which only reads: write-combining, fixed ranges, and the number of variable ones."""
 
 RESET = dict.fromkeys((*_VARIABLE, *_FIXED, _DEFAULT_TYPE), 0)
 """Register -> reset value."""

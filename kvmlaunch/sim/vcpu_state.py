@@ -197,6 +197,8 @@ class VcpuState:
             return high << 32 | self.vmcb[msrs.VMCB[index]]
         if index in msrs.VMCB:
             return self.vmcb[msrs.VMCB[index]]
+        if index in mtrr.CAPABILITIES:
+            return mtrr.CAPABILITIES[index]
         return self.msrs.get(index, self.machine_check.get(index))
 
     def set_msr(self, index: int, value: int) -> bool:

@@ -24,8 +24,13 @@ _DEFINES = [
 ]
 
 # The size in the number of KVM_MEMORY_ENCRYPT_OP is historical; an open array has no size;
-# a value by pointer has no struct.
-_OTHER_SIZE = {"KVM_MEMORY_ENCRYPT_OP": 8}
+# the others take a bare u64 by pointer.
+_OTHER_SIZE = {
+    "KVM_MEMORY_ENCRYPT_OP": 8,
+    "KVM_SET_IDENTITY_MAP_ADDR": 8,
+    "KVM_X86_SETUP_MCE": 8,
+    "KVM_X86_GET_MCE_CAP_SUPPORTED": 8,
+}
 
 
 def test_ioctl_name_when_request_is_known_is_the_kernels() -> None:
@@ -130,11 +135,8 @@ def test_page_type_when_compared_with_the_kernel_has_its_number(page: PageType) 
 def test_request_when_it_has_a_struct_encodes_its_size(name: str) -> None:
     size = getattr(lib, name) >> 16 & 0x3FFF
     struct = ARGUMENT[name]
-    if name == "KVM_SET_IDENTITY_MAP_ADDR":
-        assert (struct, size) == ("", 8), "a bare u64 by pointer"
-    else:
-        expected = ffi.sizeof(f"struct {struct}") if struct else 0
-        assert size == _OTHER_SIZE.get(name, expected)
+    expected = ffi.sizeof(f"struct {struct}") if struct else 0
+    assert size == _OTHER_SIZE.get(name, expected)
 
 
 def test_encrypt_op_when_sized_is_larger_than_its_number_says() -> None:

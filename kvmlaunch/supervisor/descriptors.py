@@ -23,6 +23,7 @@ from kvmlaunch.uapi import ffi, lib
 __all__ = ["ClientFds"]
 
 _EVENTS_AT_ONCE = 256
+_NO_FD = (1 << 31) - 1
 
 # Open for ioctl alone: neither to read nor to write (open(2), "File access mode" 3).
 _IOCTL_ONLY = 3
@@ -74,7 +75,8 @@ class ClientFds(FdTable):
         if fd == call.fd:
             inode = call.inode
         else:
-            result = lib.kl_memfd_inode(self.device, call.thread.tid, fd)
+            # A struct may hold any number; no descriptor is above INT_MAX.
+            result = lib.kl_memfd_inode(self.device, call.thread.tid, min(fd, _NO_FD))
             if result.ret < 0:
                 refuse(errno.EBADF)
             inode = result.ret

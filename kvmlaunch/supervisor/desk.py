@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmlaunch import uapi
+from kvmlaunch.errors import MissingCapability
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.sim.vcpu import VcpuFile
 from kvmlaunch.supervisor.clients import Call, Clients
@@ -54,30 +55,42 @@ class Desk:
         self._threads: set[threading.Thread] = set()
         self._idle = 0
         self._closed = False
+        self.failures: list[Exception] = []
+        """What should not have happened: bugs of the simulated host, not of the client."""
 
     def open(self) -> None:
         """Start answering."""
         with self._lock:
             self._add_thread()
+            if not self._threads:
+                raise MissingCapability("one more thread", "kvmlaunch sim")
 
     def close(self) -> None:
         """End: nobody calls any more."""
         self._closed = True
-        while self._threads:
-            for thread in list(self._threads):
-                if thread.ident is not None and thread.is_alive():
-                    # Before Linux 6.11 a receiver isn't told that nobody is left.
-                    signal.pthread_kill(thread.ident, lib.kl_kick_signal())
+        while threads := self._kick():
+            for thread in threads:
                 thread.join(_JOIN_SECONDS)
         self._host.shutdown()
         self._fds.shut()
         self._clients.close()
 
+    def _kick(self) -> list[threading.Thread]:
+        """Before Linux 6.11 a receiver isn't told that nobody is left. Threads that are."""
+        with self._lock:  # none ends while it is held
+            for thread in self._threads:
+                assert thread.ident is not None
+                signal.pthread_kill(thread.ident, lib.kl_kick_signal())
+            return list(self._threads)
+
     def _add_thread(self) -> None:
-        self._idle += 1
         thread = threading.Thread(target=self._serve, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return  # no more can be had: whoever gets free takes the next call
         self._threads.add(thread)
-        thread.start()
+        self._idle += 1
 
     def _serve(self) -> None:
         raw = ffi.new("struct kl_call *")
@@ -87,8 +100,6 @@ class Desk:
                     self._idle -= 1
                     if not self._idle:
                         self._add_thread()
-                if raw.released:
-                    self._release()
                 self._answer(raw)
                 with self._lock:
                     if self._idle >= _IDLE_THREADS:
@@ -122,10 +133,18 @@ class Desk:
 
     def _answer(self, raw: Any) -> None:
         try:
+            if raw.released:
+                self._release()
             self._clients.serve(Call(raw, self._clients.thread(raw.tid)))
             result = self._result(self._clients.call)
         except OSError as error:
             result = Result(-1, error.errno or errno.EIO)
+        except MemoryError:
+            result = Result(-1, errno.ENOMEM)
+        except Exception as error:
+            # The caller must not wait for ever.
+            self.failures.append(error)
+            result = Result(-1, errno.EIO)
         if result is None:
             lib.kl_pass_on(self._clients.listener, raw.id)
         else:

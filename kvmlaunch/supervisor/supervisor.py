@@ -7,7 +7,9 @@ import os
 import platform as machine
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -56,7 +58,8 @@ class Supervisor:
         """Run ``command`` to its end: its exit code, or 128 and the signal that ended it.
 
         Processes that it leaves behind are waited for, as is every other child of this process.
-        Raises KvmLaunchError where the program can't be started or watched.
+        Raises KvmLaunchError where the program can't be started or watched, and at the end
+        where a call could not be answered for a reason that no kernel has.
         """
         cpu = cpu_model(self._spec.product)
         table = cpuid_table(cpu) if differs(cpu) and lib.kl_can_trap_cpuid() else None
@@ -75,9 +78,12 @@ class Supervisor:
         desk = Desk(platform, clients, fds, self._watcher(platform, clients, command[0]))
         desk.open()
         try:
-            return _wait(pid, table)
+            code = _wait(pid, table)
         finally:
             desk.close()
+        for failure in desk.failures:
+            raise KvmLaunchError(f"a bug of the simulated host: {_described(failure)}") from failure
+        return code
 
     def _watcher(
         self, platform: SimPlatform, clients: Clients, program: str
@@ -120,17 +126,32 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], *, traced: bool) -> t
     raise KvmLaunchError(f"{file} can't be started: {why}")
 
 
+def _described(error: BaseException) -> str:
+    """What was raised, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})"
+
+
+def _children() -> list[int]:
+    """Processes that the program left behind."""
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
+
+
 def _wait(pid: int, cpuid: Any) -> int:
     """Wait for every process that is left; the exit code of ``pid``.
 
     ``cpuid``: what CPUID instructions give, None where they aren't trapped.
     """
-    code = 0
+    code: int | None = None
     status = ffi.new("int *")
     table, count = (ffi.NULL, 0) if cpuid is None else (cpuid, len(cpuid))
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        os.kill(pid, number)
+        for target in [pid] if code is None else _children():
+            with suppress(ProcessLookupError):
+                os.kill(target, number)
 
     # The terminal tells the program itself.
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _FROM_TERMINAL}
@@ -141,6 +162,7 @@ def _wait(pid: int, cpuid: Any) -> int:
             if ended.ret == pid:
                 code = os.waitstatus_to_exitcode(status[0])
             elif ended.ret < 0 and ended.err != errno.EINTR:
+                assert code is not None
                 return code if code >= 0 else 128 - code
     finally:
         for number, handler in handlers.items():

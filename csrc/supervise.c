@@ -344,6 +344,15 @@ static int ends_with(const char *path, const char *name)
 	return length >= wanted && !strcmp(path + length - wanted, name);
 }
 
+/* As what is in /proc/PID/fd. */
+static int ends_with_number(const char *path)
+{
+	const char *name = strrchr(path, '/');
+
+	name = name ? name + 1 : path;
+	return *name && !name[strspn(name, "0123456789")];
+}
+
 static int is_of_interest(const struct kl_trap *trap, struct kl_call *call)
 {
 	int fd = (int)call->args[0];
@@ -366,7 +375,8 @@ static int is_of_interest(const struct kl_trap *trap, struct kl_call *call)
 		call->inode = (uint64_t)kl_memfd_inode(trap->device, (int)call->tid, fd).ret;
 		return call->inode != 0 && call->inode != UINT64_MAX;
 	}
-	return ends_with(call->path, "kvm") || ends_with(call->path, "sev");
+	return ends_with(call->path, "kvm") || ends_with(call->path, "sev") ||
+	       ends_with_number(call->path);
 }
 
 struct kl_result kl_next_call(const struct kl_trap *trap, struct kl_call *call)

@@ -72,6 +72,12 @@ class Scheduler:
             self._seats.append(seat)
             return seat
 
+    def remove(self, seat: Seat) -> None:
+        """Take back the last place, whose vCPU never ran."""
+        with self._changed:
+            self._seats.remove(seat)
+            self._at %= max(len(self._seats), 1)
+
     def enter(self, seat: Seat, driver: Driver) -> None:
         """The vCPU's thread ``driver`` is in KVM_RUN."""
         with self._changed:

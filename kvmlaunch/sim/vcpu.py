@@ -33,6 +33,8 @@ class Vcpu:
         self.mutex = threading.RLock()
         bsp = vcpu_id == vm.bsp_id
         host = vm.host
+        # First of all: there may be none.
+        self.run_pages = host.user.new_run_pages(caps.VCPU_MMAP_SIZE)
         self.state = VcpuState(
             host.supported_xcr0,
             host.supported_xss,
@@ -67,7 +69,6 @@ class Vcpu:
         self.sev_es = SevEsState(self) if vm.is_snp_type else None
         self.running = VcpuRun(self)
         self.seat = vm.scheduler.add(self)
-        self.run_pages = host.user.new_run_pages(caps.VCPU_MMAP_SIZE)
         self.run: Any = ffi.cast("struct kvm_run *", self.run_pages.address)
 
     def destroy(self) -> None:

@@ -254,7 +254,13 @@ class VmFile(File):
             refuse(errno.EEXIST)
         vcpu = Vcpu(vm, arg)
         vm.vcpus.append(vcpu)
-        return vm.host.fds.install(VcpuFile(vcpu))
+        try:
+            return vm.host.fds.install(VcpuFile(vcpu))
+        except OSError:  # no descriptor for it, no vCPU
+            vm.vcpus.remove(vcpu)
+            vm.scheduler.remove(vcpu.seat)
+            vcpu.destroy()
+            raise
 
     def _set_region_v1(self, arg: int) -> int:
         old = copy_in(self._user, "kvm_userspace_memory_region", arg)

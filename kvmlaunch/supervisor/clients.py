@@ -21,14 +21,14 @@ _SIGNALS = ("SigPnd", "ShdPnd", "SigBlk")
 class AddressSpace:
     """The memory of one process, from its start or exec to its exit or next exec.
 
-    ``number`` tells it from every other, ``process`` is the process that was seen with it first.
+    ``number`` tells it from every other, ``processes`` are those that were seen with it.
     """
 
-    def __init__(self, number: int, process: int) -> None:
+    def __init__(self, number: int, tid: int, process: int) -> None:
         self.number = number
-        self.process = process
+        self.processes = {process}
         # An open one keeps the address space, though not what is in it, and no other gets it.
-        self._memory = os.open(f"/proc/{process}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        self._memory = os.open(f"/proc/{tid}/mem", os.O_RDONLY | os.O_CLOEXEC)
 
     def is_alive(self) -> bool:
         """Whether a process still has it."""
@@ -36,6 +36,14 @@ class AddressSpace:
             return bool(os.pread(self._memory, 1, 0))
         except OSError:
             return True  # nothing is mapped at 0
+
+    def has(self, tid: int, process: int) -> bool:
+        """Whether a thread of ``process`` is on it; that may have another since its last exec."""
+        if process not in self.processes:
+            # A process made by vfork has its parent's until it calls exec.
+            return any(lib.kl_same_memory(tid, other) == 1 for other in self.processes)
+        others = self.processes - {process}
+        return self.is_alive() and all(lib.kl_same_memory(tid, other) for other in others)
 
     def close(self) -> None:
         """Forget it."""
@@ -45,13 +53,18 @@ class AddressSpace:
 class ClientThread:
     """A thread of a supervised process: one object for each."""
 
-    def __init__(self, tid: int, space: AddressSpace) -> None:
+    def __init__(self, tid: int, process: int, space: AddressSpace) -> None:
         self.tid = tid
+        self.process = process
         self.space = space
         self._next_look = 0.0
 
     def __repr__(self) -> str:
         return f"<ClientThread {self.tid}>"
+
+    def belongs(self) -> bool:
+        """Whether a thread of that number is of the same process: numbers are used again."""
+        return self.tid == self.process or lib.kl_same_memory(self.tid, self.process) == 1
 
     def is_alive(self) -> bool:
         """Whether there still is such a thread."""
@@ -131,11 +144,13 @@ class Clients:
         """The caller. Raises OSError where it is gone, or may not be looked into."""
         with self._lock:
             known = self._threads.get(tid)
-            if known is not None and known.space.is_alive():
+            if known is not None and known.belongs() and known.space.has(tid, known.process):
                 return known
             if len(self._threads) >= _KNOWN:
                 self._threads = {t: c for t, c in self._threads.items() if c.is_alive()}
-            thread = self._threads[tid] = ClientThread(tid, self._space_of(tid))
+            process = int(_status(tid)["Tgid"])
+            thread = ClientThread(tid, process, self._space_of(tid, process))
+            self._threads[tid] = thread
             return thread
 
     def spaces(self) -> list[AddressSpace]:
@@ -164,13 +179,13 @@ class Clients:
         self._spaces = living
         return living
 
-    def _space_of(self, tid: int) -> AddressSpace:
-        process = int(_status(tid)["Tgid"])
+    def _space_of(self, tid: int, process: int) -> AddressSpace:
         for space in self._living():
-            # A process made by vfork has its parent's until it calls exec.
-            if process == space.process or lib.kl_same_memory(tid, space.process) == 1:
+            if space.has(tid, process):
+                space.processes.add(process)
                 return space
-        space = AddressSpace(next(self._numbers), process)
+            space.processes.discard(process)
+        space = AddressSpace(next(self._numbers), tid, process)
         self._spaces.append(space)
         return space
 

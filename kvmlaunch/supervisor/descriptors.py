@@ -60,7 +60,11 @@ class ClientFds(FdTable):
     def install(self, file: File) -> int:
         """Give the caller a descriptor; its number there. Raises OSError."""
         call = self._clients.call
-        fd = self._stand_in(file)
+        try:
+            fd = self._stand_in(file)
+        except OSError:
+            file.release()
+            raise
         try:
             result = lib.kl_give_fd(self._clients.listener, call.id, fd, call.cloexec)
         finally:
@@ -73,16 +77,21 @@ class ClientFds(FdTable):
         """The file behind a descriptor of the caller; EBADF."""
         call = self._clients.call
         if fd == call.fd:
-            inode = call.inode
-        else:
-            # A struct may hold any number; no descriptor is above INT_MAX.
-            result = lib.kl_memfd_inode(self.device, call.thread.tid, min(fd, _NO_FD))
-            if result.ret < 0:
-                refuse(errno.EBADF)
-            inode = result.ret
+            return self._file(call.inode) or File()
+        return self.find(call.thread.tid, fd) or File()
+
+    def find(self, tid: int, fd: int) -> File | None:
+        """The file behind a descriptor of a thread, None if it isn't simulated; EBADF."""
+        # A struct may hold any number; no descriptor is above INT_MAX.
+        result = lib.kl_memfd_inode(self.device, tid, min(fd, _NO_FD))
+        if result.ret < 0:
+            refuse(errno.EBADF)
+        return self._file(result.ret)
+
+    def _file(self, inode: int) -> File | None:
         with self._lock:
             known = self._by_inode.get(inode)
-        return File() if known is None else known.file
+        return None if known is None else known.file
 
     def has(self, inode: int) -> bool:
         """Whether the memfd with that inode stands in for a file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import select
 import signal
@@ -13,10 +14,14 @@ from typing import Any
 from kvmlaunch import uapi
 from kvmlaunch.errors import MissingCapability
 from kvmlaunch.sim import SimPlatform
+from kvmlaunch.sim.fdtable import File
+from kvmlaunch.sim.sevdev import SevDevice
+from kvmlaunch.sim.system import KvmDevice
+from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.sim.vcpu import VcpuFile
 from kvmlaunch.supervisor.clients import Call, Clients
 from kvmlaunch.supervisor.descriptors import ClientFds
-from kvmlaunch.supervisor.paths import device_path
+from kvmlaunch.supervisor.paths import descriptor_path, device_path
 from kvmlaunch.uapi import Platform, Recorder, Result, ffi, lib
 
 __all__ = ["Desk"]
@@ -26,6 +31,7 @@ _JOIN_SECONDS = 0.05
 _U32 = 0xFFFFFFFF
 _ACCESS_CALLS = (lib.KL_NR_access, lib.KL_NR_faccessat, lib.KL_NR_faccessat2)
 _DONE = Result(0, 0)
+_OPEN_HOW_SIZE = 24
 
 
 class Desk:
@@ -153,8 +159,7 @@ class Desk:
     def _result(self, call: Call) -> Result | None:
         """What a call gives; None where this machine's kernel has to answer."""
         if call.path:
-            path = device_path(call)
-            return None if path is None else self._by_path(call, path)
+            return self._by_path(call)
         if not self._fds.has(call.inode):
             return None
         fd, second, third, fourth = call.args[:4]
@@ -164,18 +169,27 @@ class Desk:
             return self._platform.fallocate(
                 fd & _U32, second & _U32, _signed(third), _signed(fourth)
             )
+        if fourth & mmap.MAP_ANONYMOUS:
+            return None
         # mmap: a vCPU's pages are in the memfd, no other file has any.
         if isinstance(self._fds.get(call.args[4] & _U32), VcpuFile):
             return None
         return Result(-1, errno.ENODEV)
 
-    def _by_path(self, call: Call, path: str) -> Result | None:
+    def _by_path(self, call: Call) -> Result | None:
+        path = device_path(call)
         if call.nr in _ACCESS_CALLS:
-            mode = call.args[call.nr != lib.KL_NR_access]
-            return Result(-1, errno.EACCES) if mode & os.X_OK else _DONE
+            return None if path is None else _access(call)
         flags = _open_flags(call)
         if flags & os.O_PATH:
             return None
+        if path is None:
+            file = self._reopened(call)
+            if file is None:
+                return None
+            if not isinstance(file, (KvmDevice, SevDevice)):
+                return Result(-1, errno.ENXIO)  # there is nothing to open behind an anon_inode
+            path = file.name
         if flags & os.O_DIRECTORY:
             return Result(-1, errno.ENOTDIR)
         if flags & os.O_CREAT and flags & os.O_EXCL:
@@ -183,11 +197,30 @@ class Desk:
         call.cloexec = bool(flags & os.O_CLOEXEC)
         return self._platform.open(path, flags)
 
+    def _reopened(self, call: Call) -> File | None:
+        """The simulated file that is opened by way of a descriptor."""
+        place = descriptor_path(call)
+        if place is None:
+            return None
+        try:
+            return self._fds.find(*place)
+        except OSError:
+            return None
+
+
+def _access(call: Call) -> Result:
+    mode = call.args[1 if call.nr == lib.KL_NR_access else 2] & _U32
+    if mode & ~(os.R_OK | os.W_OK | os.X_OK):
+        return Result(-1, errno.EINVAL)
+    return Result(-1, errno.EACCES) if mode & os.X_OK else _DONE
+
 
 def _open_flags(call: Call) -> int:
     if call.nr == lib.KL_NR_openat2:
-        # The first member of struct open_how.
-        return int.from_bytes(call.read(call.args[2], 8), "little")
+        # struct open_how: flags, mode, resolve.
+        if call.args[3] < _OPEN_HOW_SIZE:
+            refuse(errno.EINVAL)
+        return int.from_bytes(call.read(call.args[2], _OPEN_HOW_SIZE)[:8], "little")
     return int(call.args[1 if call.nr == lib.KL_NR_open else 2])
 
 

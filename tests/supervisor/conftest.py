@@ -1,0 +1,28 @@
+"""Fixtures of the supervisor's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.supervisor import rig
+
+
+@pytest.fixture(scope="session")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the built clients."""
+    rig.require_supervision()
+    return rig.build(tmp_path_factory.mktemp("clients"))
+
+
+@pytest.fixture
+def client(clients: Path, tmp_path: Path) -> Callable[..., rig.Ran]:
+    """Runs a client: ``client("faults", "structs")``."""
+
+    def run(name: str, *arguments: object, **how: object) -> rig.Ran:
+        return partial(rig.sim, cwd=tmp_path)(clients / name, *arguments, **how)  # type: ignore[arg-type]
+
+    return run

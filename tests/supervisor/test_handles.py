@@ -1,0 +1,37 @@
+"""Descriptors that are copied, closed behind our back, sent, reopened, or too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.supervisor.rig import WELL, Ran
+
+Client = Callable[..., Ran]
+
+MILAN_SNP_ASIDS = 99
+"""The simulated Milan's: CPUID 0x8000001F EDX (100, the first ASID that isn't SNP's) less one."""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "copies",  # dup, F_DUPFD, dup2, FD_CLOEXEC
+        "behind",  # dup2 over it, close_range
+        "reopened",  # /proc/self/fd, /dev/fd
+        "opened",  # relative, openat2, O_DIRECTORY, access
+        "full",  # RLIMIT_NOFILE
+        "misused",  # read, write, mmap, ftruncate, seals, fallocate
+    ],
+)
+def test_descriptors_are_the_kernels_when_treated_so(client: Client, what: str) -> None:
+    assert client("handles", what) == WELL
+
+
+def test_vms_are_released_when_the_last_reference_goes(client: Client) -> None:
+    assert client("handles", "released") == WELL
+
+
+def test_vms_are_kept_when_only_their_vcpu_is_mapped(client: Client) -> None:
+    assert client("handles", "held") == Ran(0, f"{MILAN_SNP_ASIDS}\n")

@@ -1,0 +1,24 @@
+"""Pointers and numbers that lead nowhere: the kernel's errors, and no harm done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.supervisor.rig import WELL, Ran
+
+Client = Callable[..., Ran]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "structs",  # of each ioctl: unmapped, the kernel's, across the end of memory, read-only
+        "lists",  # the head is there, the list isn't
+        "nested",  # a pointer in a struct; a path
+        "numbers",  # a descriptor in a struct
+    ],
+)
+def test_calls_fail_as_the_kernels_when_pointers_are_wild(client: Client, what: str) -> None:
+    assert client("faults", what) == WELL

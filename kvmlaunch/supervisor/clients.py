@@ -83,10 +83,15 @@ class ClientThread:
         return True
 
     def signal_pending(self, mask: int | None) -> bool:
-        """Whether a signal waits that ``mask`` doesn't block (None: the thread's own mask)."""
+        """Whether a signal waits that ``mask`` doesn't block (None: the thread's own mask).
+
+        One that stops all threads waits for nobody: it is seen by the first thread's state.
+        """
         words = _status(self.tid)
         pending, shared, blocked = (int(words[name], 16) for name in _SIGNALS)
-        return bool((pending | shared) & ~(blocked if mask is None else mask))
+        if (pending | shared) & ~(blocked if mask is None else mask):
+            return True
+        return self.tid != self.process and _status(self.process)["State"].split()[0] == "T"
 
 
 class Call:

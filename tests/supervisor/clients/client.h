@@ -68,8 +68,9 @@ int sev_command(int vm, uint32_t id, void *data, uint32_t sev_fd);
 /* New anonymous memory. */
 void *pages(size_t count);
 
-/* Wait for a thread of this process to be where it can only be killed: inside a call. */
-void wait_for_call(int tid);
+/* Wait until a vCPU runs, since its exit reason was made NOT_YET. */
+#define NOT_YET 99
+void wait_until_it_runs(struct kvm_run *run);
 
 /* Wait for a child, which must end with this code. */
 void ends_with(int child, int code);

@@ -15,6 +15,7 @@ __all__ = ["AddressSpace", "Call", "ClientThread", "Clients"]
 
 _POLL_SECONDS = 0.002
 _KNOWN = 4096
+_LASTING = 3
 _SIGNALS = ("SigPnd", "ShdPnd", "SigBlk")
 
 
@@ -58,6 +59,7 @@ class ClientThread:
         self.process = process
         self.space = space
         self._next_look = 0.0
+        self._stops = 0
 
     def __repr__(self) -> str:
         return f"<ClientThread {self.tid}>"
@@ -85,13 +87,16 @@ class ClientThread:
     def signal_pending(self, mask: int | None) -> bool:
         """Whether a signal waits that ``mask`` doesn't block (None: the thread's own mask).
 
-        One that stops all threads waits for nobody: it is seen by the first thread's state.
+        One that stops all threads waits for none of them: the first thread's state shows it.
         """
         words = _status(self.tid)
         pending, shared, blocked = (int(words[name], 16) for name in _SIGNALS)
         if (pending | shared) & ~(blocked if mask is None else mask):
             return True
-        return self.tid != self.process and _status(self.process)["State"].split()[0] == "T"
+        stopped = self.tid != self.process and _status(self.process)["State"].split()[0] in "Tt"
+        # A thread that is traced stops for other things as well, though never for long.
+        self._stops = self._stops + 1 if stopped else 0
+        return self._stops >= _LASTING
 
 
 class Call:

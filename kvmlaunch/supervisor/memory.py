@@ -103,7 +103,7 @@ class ClientMemory:
     def eventfd(self, fd: int) -> Eventfd:
         """A duplicate of the client's, by pidfd_getfd(2)."""
         found = eventfd_id(self.caller.tid, fd)
-        taken = lib.kl_take_fd(self.caller.space.process, fd)
+        taken = lib.kl_take_fd(self.caller.process, fd)
         if taken.ret < 0:
             refuse(taken.err)
         return Eventfd(int(taken.ret), found)

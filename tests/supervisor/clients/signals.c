@@ -171,24 +171,34 @@ static void stopped(char **arguments)
 	ends_with(child, 4);
 }
 
-/* The same, without a second thread: it is stopped until that was in KVM_RUN. */
+static void *tell(void *to)
+{
+	wait_until_it_runs(machine.run);
+	CHECK(write(*(int *)to, "", 1) == 1);
+	return NULL;
+}
+
+/* The same, where no other thread is left. */
 static void stopped_alone(char **arguments)
 {
-	int child = fork(), status;
+	int ends[2], child, status;
+	pthread_t teller;
+	char byte;
 
+	CHECK(!pipe(ends));
+	child = fork();
 	if (!child) {
 		machine = new_machine(spin, 2);
+		machine.run->exit_reason = NOT_YET;
+		CHECK(!pthread_create(&teller, NULL, tell, &ends[1]));
 		FAILS(ioctl(machine.vcpu, KVM_RUN, 0), EINTR);
 		_exit(4);
 	}
-	for (;;) {
-		CHECK(!kill(child, SIGSTOP));
-		CHECK(waitpid(child, &status, WUNTRACED) == child);
-		if (!WIFSTOPPED(status))
-			break;
-		CHECK(!kill(child, SIGCONT));
-	}
-	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 4);
+	CHECK(read(ends[0], &byte, 1) == 1);
+	CHECK(!kill(child, SIGSTOP));
+	CHECK(waitpid(child, &status, WUNTRACED) == child && WIFSTOPPED(status));
+	CHECK(!kill(child, SIGCONT));
+	ends_with(child, 4);
 }
 
 /* The ways to go while a thread runs a guest; a child does, and leaves nothing behind. */

@@ -27,15 +27,21 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
     """Event -> what KVM makes of it, for one vCPU."""
     vcpu = running.vcpu
 
-    def complete_read(data: bytes) -> int:
-        running.finish_read(int.from_bytes(data, "little"))
+    def wait_for_read(answer: Callable[[], bytes]) -> int:
+        at = running.live_cpu.linear_rip
+        running.complete = lambda: complete_read(answer(), at)
+        return 0
+
+    def complete_read(data: bytes, at: int) -> int:
+        if running.is_still_at(at):
+            running.live_cpu.complete(int.from_bytes(data, "little"))
         return 1
 
     def io_read(event: IoRead) -> int:
-        exits.put_io_data(vcpu.run, bytes(event.size))
-        exits.io(vcpu.run, is_in=True, port=event.port, size=event.size, count=1)
-        running.complete = lambda: complete_read(exits.io_data(vcpu.run, event.size))
-        return 0
+        total = event.size * event.count
+        exits.put_io_data(vcpu.run, bytes(total))
+        exits.io(vcpu.run, is_in=True, port=event.port, size=event.size, count=event.count)
+        return wait_for_read(lambda: exits.io_data(vcpu.run, total))
 
     def io_write(event: IoWrite) -> int:
         data = event.value.to_bytes(event.size, "little")
@@ -48,10 +54,10 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
     def mmio_read(event: MmioRead) -> int:
         answer = vcpu.apic.read_mmio(event.gpa, event.size)
         if answer is not None:
-            return complete_read(answer)
+            running.live_cpu.complete(int.from_bytes(answer, "little"))
+            return 1
         exits.mmio(vcpu.run, event.gpa, event.size, None)
-        running.complete = lambda: complete_read(exits.mmio_data(vcpu.run, event.size))
-        return 0
+        return wait_for_read(lambda: exits.mmio_data(vcpu.run, event.size))
 
     def mmio_write(event: MmioWrite) -> int:
         data = event.value.to_bytes(event.size, "little")

@@ -13,10 +13,11 @@ from kvmlaunch.sim.vmsa_sync import sync_vmsa
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu_state import VcpuState
 
-__all__ = ["from_vmsa", "to_vmsa"]
+__all__ = ["from_vmsa", "linear_rip", "to_vmsa"]
 
 _FX_HEAD = struct.Struct("<HHBBHQQ")
 _X87_REGISTERS = 8
+_EFER_LMA, _CS_L = 1 << 10, 1 << 9
 
 
 def to_vmsa(state: VcpuState) -> Vmsa:
@@ -49,6 +50,14 @@ def from_vmsa(state: VcpuState, vmsa: Vmsa, cr8: int) -> None:
     state.xcr0, state.xss = vmsa.xcr0, vmsa.xss
     state.msrs[msrs.TSC_AUX] = vmsa.tsc_aux
     state.fpu.load(_fxsave(vmsa), vmsa.fpreg_ymm, vmsa.pkru)
+
+
+def linear_rip(state: VcpuState) -> int:
+    """kvm_get_linear_rip()."""
+    cs, rip = state.vmcb.segment("cs"), state.regs["rip"]
+    if state.efer & _EFER_LMA and cs.attrib & _CS_L:
+        return rip
+    return cs.base + rip & 0xFFFFFFFF
 
 
 def _fxsave(vmsa: Vmsa) -> bytes:

@@ -187,7 +187,6 @@ class VcpuFile(File):
         self.vcpu.pull_state()
         result = handler(self.vcpu, arg)
         if self.vcpu.sev_es is None and ioctl_name(request).startswith("KVM_SET_"):
-            # An IN that waits for its answer is executed once more.
             self.vcpu.running.unload()
         return result
 

@@ -213,7 +213,7 @@ class VcpuRun:
             vcpu.sev_es.unmap_ghcb()
         return None
 
-    def load(self) -> bool:
+    def load(self, *, keep_waiting: bool = False) -> bool:
         """Give the CPU its state, where it hasn't got it: False if VMRUN refuses it."""
         if self._loaded:
             return True
@@ -230,7 +230,7 @@ class VcpuRun:
                 vcpu.vm.inspector.new_cpu(vcpu)
         # The GHCB MSR is the VMCB's: a new VMSA leaves it as it is.
         ghcb = self.cpu.ghcb
-        if self.cpu.load(vmsa) is not None:
+        if self.cpu.load(vmsa, keep_waiting=keep_waiting) is not None:
             return False
         self.cpu.ghcb = ghcb
         self._loaded = True
@@ -240,10 +240,14 @@ class VcpuRun:
         """The guest's registers, None if the CPU doesn't have them; they stay there."""
         return self.live_cpu.save() if self._loaded else None
 
-    def finish_read(self, value: int) -> None:
-        """Answer an access of a plain guest, unless user space has changed its registers since."""
+    def is_still_at(self, rip: int) -> bool:
+        """Whether an access that user space answers is still the one that the guest is at.
+
+        Registers that it has changed meanwhile count, unless RIP is one (complete_fast_pio_in()).
+        """
         if self._loaded:
-            self.live_cpu.complete(value)
+            return True
+        return plain_state.linear_rip(self.vcpu.state) == rip and self.load(keep_waiting=True)
 
     def unload(self) -> None:
         """The next entry takes the state from where it is kept."""

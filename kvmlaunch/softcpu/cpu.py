@@ -105,11 +105,14 @@ class SoftCpu:
 
     # -- state
 
-    def load(self, vmsa: Vmsa) -> InvalidState | None:
-        """Take the whole state from a VMSA, as the first VMRUN does; None if it can run."""
+    def load(self, vmsa: Vmsa, *, keep_waiting: bool = False) -> InvalidState | None:
+        """Take the whole state from a VMSA, as the first VMRUN does; None if it can run.
+
+        ``keep_waiting``: an event that waits for `complete` still does.
+        """
         self._pending = self._mmio = None
         self._writes.clear()
-        self._exits.reset()
+        self._exits.reset(keep_waiting=keep_waiting)
         rule = broken_rule(vmsa, self._core.options)
         if rule is not None:
             self._stopped = invalid = InvalidState(rule)

@@ -106,10 +106,15 @@ class InterruptWindow:
 
 @dataclasses.dataclass(frozen=True)
 class IoRead:
-    """IN or one step of INS, plain guests only; answer it with `SoftCpu.complete`."""
+    """IN or INS, plain guests only; answer it with `SoftCpu.complete`.
+
+    A repeated INS reads `count` items of `size` bytes at once, within the page it writes to; the
+    first is lowest in the answer.
+    """
 
     port: int
     size: int
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,9 +70,10 @@ class Exits:
             for code in (vc.INVD, vc.WBINVD, vc.MONITOR, vc.MWAIT):
                 self._handlers[code] = lambda _code: core.skip()
 
-    def reset(self) -> None:
+    def reset(self, *, keep_waiting: bool) -> None:
         """Forget what an earlier state left."""
-        self._answer = None
+        if not keep_waiting:
+            self._answer = None
         self.cr8 = 0
 
     def handle(self, code: int) -> Event | None:

@@ -16,6 +16,9 @@ __all__ = ["PortIo", "check_permission", "is_port_io"]
 
 _RAX, _RCX, _RDX, _RSI, _RDI = 0, 1, 2, 6, 7
 _DF, _VM = 1 << 10, 1 << 17
+_PAGE = 0x1000
+_READ_AHEAD = 1024
+"""Most bytes that a repeated INS asks for at once."""
 
 
 def is_port_io(instruction: Instruction | None) -> bool:
@@ -54,7 +57,7 @@ def check_permission(core: Core, instruction: Instruction) -> None:
 
 
 class PortIo:
-    """One transfer of a plain guest; for string instructions one element."""
+    """One transfer of a plain guest: of OUTS one element, of INS what it reads at once."""
 
     def __init__(self, core: Core, instruction: Instruction) -> None:
         self._core = core
@@ -78,7 +81,7 @@ class PortIo:
             if self._string:
                 user = core.state.cpl == 3
                 core.host_ranges(self._address(_RDI), self._size, WRITE, user)
-            return IoRead(self._port, self._size)
+            return IoRead(self._port, self._size, self._items())
         if self._string:
             data = core.load(self._address(_RSI), self._size, user=core.state.cpl == 3)
             value = int.from_bytes(data, "little")
@@ -88,15 +91,29 @@ class PortIo:
         return IoWrite(self._port, self._size, value)
 
     def complete(self, value: int) -> None:
-        """Finish a read."""
-        core = self._core
-        value &= (1 << 8 * self._size) - 1
-        if self._string:
-            data = value.to_bytes(self._size, "little")
+        """Finish a read: as many items as the registers say by now."""
+        core, size = self._core, self._size
+        if not self._string:
+            core.set_gpr(_RAX, value & (1 << 8 * size) - 1, size)
+            self._finish()
+            return
+        if self._instruction.repeat and not self._count():
+            core.advance(self._instruction.length)
+            return
+        for _ in range(self._items()):
+            data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
             core.store(self._address(_RDI), data, user=core.state.cpl == 3)
-        else:
-            core.set_gpr(_RAX, value, self._size)
-        self._finish()
+            value >>= 8 * size
+            self._finish()
+
+    def _items(self) -> int:
+        """pio_in_emulated(): how much a repeated INS reads ahead."""
+        if not self._string or not self._instruction.repeat:
+            return 1
+        down = self._core.state.rflags & _DF
+        offset = self._core.state.gpr[_RDI] & self._width() & _PAGE - 1
+        in_page = (offset if down else _PAGE - offset) // self._size
+        return max(1, min(in_page, _READ_AHEAD // self._size, self._count()))
 
     def _width(self) -> int:
         return (1 << 8 * self._instruction.address_size) - 1

@@ -45,7 +45,7 @@ class ScriptedCpu:
         self.injected: list[tuple[str, int, int | None]] = []
         self.script: Script | None = None
 
-    def load(self, vmsa: Vmsa) -> InvalidState | None:
+    def load(self, vmsa: Vmsa, *, keep_waiting: bool = False) -> InvalidState | None:
         self.vmsa, self.loads, self.ghcb = vmsa, self.loads + 1, 0
         return self.machine.invalid
 

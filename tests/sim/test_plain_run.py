@@ -120,14 +120,56 @@ def test_in_gets_its_answer():
     assert vm.regs.rax == 0x55AB
 
 
-def test_in_when_user_space_changes_registers_is_executed_again():
+def test_in_when_user_space_changes_registers_is_answered_once():
+    """complete_fast_pio_in(): an IN isn't done a second time, and other registers count."""
     vm = Vm(bytes.fromhex("e460 f4"))
     vm.enter()
-    vm.set_regs(rax=0)
-    assert vm.enter() == (OK, lib.KVM_EXIT_IO)
+    vm.set_regs(rax=0x2200, rbx=5)
     ffi.buffer(ffi.cast("char *", vm.run) + 0x1000, 1)[:] = b"\x11"
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
-    assert vm.regs.rax == 0x11
+    assert (vm.regs.rax, vm.regs.rbx, vm.regs.rip) == (0x2211, 5, CODE + 3)
+
+
+def test_in_when_user_space_moves_rip_is_forgotten():
+    vm = Vm(bytes.fromhex("e460 f4"))
+    vm.enter()
+    vm.set_regs(rax=0x2200, rip=CODE + 2)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert (vm.regs.rax, vm.regs.rip) == (0x2200, CODE + 3)
+
+
+def test_mmio_read_when_user_space_changes_registers_is_answered_once():
+    vm = Vm(bytes.fromhex("a100400500 f4"), code32=True)  # mov eax, [0x54000]; hlt
+    assert vm.enter() == (OK, lib.KVM_EXIT_MMIO)
+    ffi.buffer(vm.run.mmio.data)[:4] = b"\x44\x33\x22\x11"
+    vm.set_regs(rbx=6)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert (vm.regs.rax, vm.regs.rbx) == (0x11223344, 6)
+
+
+def test_repeated_string_in_reads_ahead_within_its_page():
+    """pio_in_emulated(): at most 1024 bytes, and not beyond the page."""
+    # mov di, 0x4ffe; mov cx, 5; mov dx, 0x3f8; cld; rep insb; hlt
+    vm = Vm(bytes.fromhex("bffe4f b90500 baf803 fc f36c f4"))
+    sizes = []
+    while vm.enter() == (OK, lib.KVM_EXIT_IO):
+        io = vm.run.io
+        sizes.append((io.size, io.count))
+        ffi.buffer(ffi.cast("char *", vm.run) + 0x1000, io.count)[:] = b"abc"[: io.count]
+    assert sizes == [(1, 2), (1, 3)]
+    assert vm.ram.read(5, 0x4FFE) == b"ababc"
+    assert vm.regs.rcx & 0xFFFF == 0
+
+
+def test_repeated_string_in_when_user_space_changes_the_count_fills_only_that():
+    """userspace_io_test: the kernel doesn't overflow its buffer."""
+    vm = Vm(bytes.fromhex("bf0050 b90200 baf803 fc f36c f4"))
+    assert vm.enter() == (OK, lib.KVM_EXIT_IO)
+    ffi.buffer(ffi.cast("char *", vm.run) + 0x1000, 2)[:] = b"ab"
+    vm.set_regs(rcx=1)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.ram.read(2, 0x5000) == b"a\0"
+    assert vm.regs.rcx & 0xFFFF == 0
 
 
 def test_in_is_answered_although_the_run_is_to_end_at_once():

@@ -327,6 +327,9 @@ KL_SIZE(struct kvm_mp_state, 0x4);
 KL_SIZE(struct kvm_lapic_state, 0x400);
 
 KL_SIZE(struct kvm_vcpu_events, 0x40);
+KL_OFFSET(struct kvm_run, s.regs.regs, 0x130);
+KL_OFFSET(struct kvm_run, s.regs.sregs, 0x1c0);
+KL_OFFSET(struct kvm_run, s.regs.events, 0x2f8);
 
 KL_SIZE(struct kvm_guest_debug, 0x48);
 KL_SIZE(struct kvm_debug_exit_arch, 0x20);

@@ -729,6 +729,12 @@ struct kvm_msr_filter {
 	struct kvm_msr_filter_range ranges[16];
 };
 
+struct kvm_sync_regs {
+	struct kvm_regs regs;
+	struct kvm_sregs sregs;
+	struct kvm_vcpu_events events;
+};
+
 struct kvm_run {
 	uint8_t request_interrupt_window;
 	uint8_t immediate_exit;
@@ -809,6 +815,7 @@ struct kvm_run {
 	uint64_t kvm_valid_regs;
 	uint64_t kvm_dirty_regs;
 	union {
+		struct kvm_sync_regs regs;
 		char padding[2048];
 	} s;
 };

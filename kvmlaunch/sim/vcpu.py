@@ -44,7 +44,6 @@ class Vcpu:
             clear_cd_nw=not vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED,
             sregs_check_efer=host.profile.sregs_check_efer,
         )
-        self.events = ffi.new("struct kvm_vcpu_events *")
         self.cpuid = b""
         self.tsc_khz = vm.tsc_khz
         self.tsc_offset = bytes(8)
@@ -114,6 +113,7 @@ class Vcpu:
     def reset(self) -> None:
         """kvm_vcpu_reset() for an INIT: registers, but not those that firmware has."""
         self.interrupt, self.running.exception = None, None
+        self.running.shadow = self.running.nmi_blocked = False
         self.nmi_pending = 0
         self.apic.reset()
         if self.sev_es is not None:

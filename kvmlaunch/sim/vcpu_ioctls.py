@@ -6,10 +6,10 @@ import errno
 import struct
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import interrupts, msrs
+from kvmlaunch.sim import interrupts, msrs, registers, vcpu_events
 from kvmlaunch.sim.cpuid_table import get_cpuid, set_cpuid
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import ffi, lib
@@ -20,19 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["HANDLERS"]
 
 _XSAVE_SIZE = ffi.sizeof("struct kvm_xsave")
-_SEGMENT_FIELDS = tuple(
-    name for name, _ in ffi.typeof("struct kvm_segment").fields if name != "padding"
-)
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _MAX_XCRS = 16
-_EVENTS_REPORTED = (
-    lib.KVM_VCPUEVENT_VALID_NMI_PENDING
-    | lib.KVM_VCPUEVENT_VALID_SHADOW
-    | lib.KVM_VCPUEVENT_VALID_SMM
-)
-# Payload and triple fault need capabilities that nobody can enable here.
-_EVENTS_SETTABLE = _EVENTS_REPORTED | lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
-_NMI_VECTOR = 2
 _FPU = struct.Struct("<HHBBHQQ")
 
 
@@ -45,8 +33,7 @@ def _need_open_state(vcpu: Vcpu) -> None:
 def _get_regs(vcpu: Vcpu, arg: int) -> int:
     _need_open_state(vcpu)
     out = ffi.new("struct kvm_regs *")
-    for name, value in vcpu.state.get_regs().items():
-        setattr(out, name, value)
+    registers.fill_regs(vcpu, out)
     copy_out(vcpu.vm.host.user, arg, out)
     return 0
 
@@ -54,15 +41,14 @@ def _get_regs(vcpu: Vcpu, arg: int) -> int:
 def _set_regs(vcpu: Vcpu, arg: int) -> int:
     regs = copy_in(vcpu.vm.host.user, "kvm_regs", arg)
     _need_open_state(vcpu)
-    names = [name for name, _ in ffi.typeof("struct kvm_regs").fields]
-    vcpu.state.set_regs({name: getattr(regs, name) for name in names})
+    registers.take_regs(vcpu, regs)
     return 0
 
 
 def _get_sregs(vcpu: Vcpu, arg: int) -> int:
     _need_open_state(vcpu)
     out = ffi.new("struct kvm_sregs *")
-    _fill_sregs(vcpu, out)
+    registers.fill_sregs(vcpu, out)
     copy_out(vcpu.vm.host.user, arg, out)
     return 0
 
@@ -70,14 +56,14 @@ def _get_sregs(vcpu: Vcpu, arg: int) -> int:
 def _set_sregs(vcpu: Vcpu, arg: int) -> int:
     sregs = copy_in(vcpu.vm.host.user, "kvm_sregs", arg)
     _need_open_state(vcpu)
-    _take_sregs(vcpu, sregs)
+    registers.take_sregs(vcpu, sregs)
     return 0
 
 
 def _get_sregs2(vcpu: Vcpu, arg: int) -> int:
     _need_open_state(vcpu)
     out = ffi.new("struct kvm_sregs2 *")
-    _fill_sregs(vcpu, out)
+    registers.fill_sregs(vcpu, out)
     if vcpu.state.pae_paging:
         out.flags, out.pdptrs = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID, vcpu.state.pdptrs
     copy_out(vcpu.vm.host.user, arg, out)
@@ -93,53 +79,10 @@ def _set_sregs2(vcpu: Vcpu, arg: int) -> int:
     pae = sregs.cr0 >> 31 & sregs.cr4 >> 5 & ~(sregs.efer >> 10) & 1
     if sregs.flags and not pae:
         refuse(errno.EINVAL)
-    _take_sregs(vcpu, sregs)
+    registers.take_sregs(vcpu, sregs)
     if sregs.flags:
         vcpu.state.pdptrs = list(sregs.pdptrs)
     return 0
-
-
-def _fill_sregs(vcpu: Vcpu, out: Any) -> None:
-    state = vcpu.state
-    for name, fields in state.segments().items():
-        for field, value in fields.items():
-            setattr(getattr(out, name), field, value)
-    for name in ("gdt", "idt"):
-        table = state.vmcb.segment(name)
-        getattr(out, name).base, getattr(out, name).limit = table.base, table.limit & 0xFFFF
-    for name in ("cr0", "cr2", "cr3", "cr4", "efer", "apic_base"):
-        setattr(out, name, getattr(state, name))
-    out.cr8 = vcpu.cr8
-
-
-def _take_sregs(vcpu: Vcpu, sregs: Any) -> None:
-    state = vcpu.state
-    if not state.sregs_valid(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer, sregs.cs.l):
-        refuse(errno.EINVAL)
-    if not state.apic_base_valid(sregs.apic_base):
-        refuse(errno.EINVAL)
-    vcpu.apic.set_base(sregs.apic_base)
-    for name in ("gdt", "idt"):
-        table = getattr(sregs, name)
-        state.vmcb.set_table(name, table.limit, table.base)
-    state.cr2 = sregs.cr2
-    if not sregs.cr8 & ~0xF:  # kvm_set_cr8() refuses, and nobody looks
-        vcpu.cr8 = sregs.cr8
-    state.set_cr3(sregs.cr3)
-    state.set_efer(sregs.efer)
-    state.clear_cd_nw = not vcpu.vm.disabled_quirks & lib.KVM_X86_QUIRK_CD_NW_CLEARED
-    state.set_cr0(sregs.cr0)
-    state.set_cr4(sregs.cr4)
-    state.set_segments(
-        {
-            name: {field: getattr(getattr(sregs, name), field) for field in _SEGMENT_FIELDS}
-            for name in _SEGMENTS
-        }
-    )
-    # Older user space doesn't wake a vCPU that it resets.
-    at_reset = sregs.cs.selector == 0xF000 and sregs.cs.base == 0xFFFF0000
-    if vcpu.id == vcpu.vm.bsp_id and at_reset and state.regs["rip"] == 0xFFF0 and not sregs.cr0 & 1:
-        vcpu.mp_state = lib.KVM_MP_STATE_RUNNABLE
 
 
 def _get_debugregs(vcpu: Vcpu, arg: int) -> int:
@@ -284,19 +227,14 @@ def _need_lapic(vcpu: Vcpu) -> None:
 
 
 def _get_vcpu_events(vcpu: Vcpu, arg: int) -> int:
-    vcpu.events.flags = _EVENTS_REPORTED
-    copy_out(vcpu.vm.host.user, arg, vcpu.events)
+    out = ffi.new("struct kvm_vcpu_events *")
+    vcpu_events.fill(vcpu, out)
+    copy_out(vcpu.vm.host.user, arg, out)
     return 0
 
 
 def _set_vcpu_events(vcpu: Vcpu, arg: int) -> int:
-    events = copy_in(vcpu.vm.host.user, "kvm_vcpu_events", arg)
-    if events.flags & ~_EVENTS_SETTABLE:
-        refuse(errno.EINVAL)
-    vector = events.exception.nr
-    if events.exception.injected and (vector > 31 or vector == _NMI_VECTOR):
-        refuse(errno.EINVAL)
-    vcpu.events = events
+    vcpu_events.take(vcpu, copy_in(vcpu.vm.host.user, "kvm_vcpu_events", arg))
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.sim import exits, plain_exits, plain_state, vmgexit
+from kvmlaunch.sim import exits, plain_exits, plain_state, sync_regs, vmgexit
 from kvmlaunch.sim.guest_memory import MemoryFault
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.softcpu import (
@@ -56,6 +56,7 @@ class VcpuRun:
         """What the next KVM_RUN does first (complete_userspace_io)."""
         self.exception: tuple[int, int | None] | None = None
         self._loaded = False
+        self._shadow = self._nmi_blocked = False
         self._interrupt_flag = self._interruptible = False
         self._handlers: dict[type[Any], Callable[[Any], int]] = {
             Budget: self._nothing,
@@ -102,9 +103,10 @@ class VcpuRun:
     def _before_run(self) -> bool:
         """What comes before the guest runs: False where the last exit isn't over yet."""
         vcpu, run, vm = self.vcpu, self.vcpu.run, self.vcpu.vm
-        if synced := run.kvm_valid_regs | run.kvm_dirty_regs:
-            # What a plain VM's kernel would do is not simulated (see VmFile).
-            refuse(errno.EINVAL if synced & ~vm.sync_regs else errno.ENOSYS)
+        if (run.kvm_valid_regs | run.kvm_dirty_regs) & ~vm.sync_regs:
+            refuse(errno.EINVAL)
+        if run.kvm_dirty_regs:
+            sync_regs.take(vcpu)
         if not vm.irq.in_kernel:
             if run.cr8 & _CR8_RESERVED:
                 refuse(errno.EINVAL)
@@ -233,8 +235,31 @@ class VcpuRun:
         if self.cpu.load(vmsa, keep_waiting=keep_waiting) is not None:
             return False
         self.cpu.ghcb = ghcb
+        self.cpu.shadow, self.cpu.nmi_blocked = self._shadow, self._nmi_blocked
         self._loaded = True
         return True
+
+    @property
+    def shadow(self) -> bool:
+        """The guest's interrupt shadow."""
+        return self.live_cpu.shadow if self._loaded else self._shadow
+
+    @shadow.setter
+    def shadow(self, value: bool) -> None:
+        self._shadow = value
+        if self._loaded:
+            self.live_cpu.shadow = value
+
+    @property
+    def nmi_blocked(self) -> bool:
+        """Whether a plain guest is handling an NMI."""
+        return self.live_cpu.nmi_blocked if self._loaded else self._nmi_blocked
+
+    @nmi_blocked.setter
+    def nmi_blocked(self, value: bool) -> None:
+        self._nmi_blocked = value
+        if self._loaded:
+            self.live_cpu.nmi_blocked = value
 
     def save(self) -> Vmsa | None:
         """The guest's registers, None if the CPU doesn't have them; they stay there."""
@@ -251,6 +276,7 @@ class VcpuRun:
 
     def unload(self) -> None:
         """The next entry takes the state from where it is kept."""
+        self._shadow, self._nmi_blocked = self.shadow, self.nmi_blocked
         self._loaded = False
         # A guest that is set up anew may find other code where it was before.
         self.vcpu.vm.memory_changed(code=True)
@@ -261,7 +287,7 @@ class VcpuRun:
         event: Event | None = None
         if self.exception is not None:
             (vector, code), self.exception = self.exception, None
-            event = cpu.inject_exception(vector, code)
+            event = cpu.inject_exception(vector, code, cpu.read("cr2"))
         elif vcpu.interrupt is not None and cpu.interruptible:
             vector, vcpu.interrupt = vcpu.interrupt, None
             event = cpu.inject_interrupt(vector)
@@ -368,6 +394,8 @@ class VcpuRun:
 
     def _after_run(self) -> None:
         vcpu, run = self.vcpu, self.vcpu.run
+        if run.kvm_valid_regs and not vcpu.protected:
+            sync_regs.fill(vcpu)
         if not self._loaded and not vcpu.protected:
             self._interrupt_flag = bool(vcpu.state.vmcb["rflags"] & _IF)
             self._interruptible = self._interrupt_flag

@@ -367,9 +367,22 @@ class SoftCpu:
         self._exits.stop_at_cr8 = value
 
     @property
+    def shadow(self) -> bool:
+        """The interrupt shadow of STI or MOV SS."""
+        return self._core.state.shadow
+
+    @shadow.setter
+    def shadow(self, value: bool) -> None:
+        self._core.state.shadow = value
+
+    @property
     def nmi_blocked(self) -> bool:
         """Whether an NMI is being handled (until IRET)."""
         return self._core.state.catch_iret
+
+    @nmi_blocked.setter
+    def nmi_blocked(self, value: bool) -> None:
+        self._core.state.catch_iret = value
 
     def inject_interrupt(self, vector: int) -> Event | None:
         """Deliver an external interrupt through the guest's IDT, now; an event if that fails.

@@ -36,7 +36,7 @@ class ScriptedCpu:
         self.ghcb = 0
         self.want_window = self.stop_at_cr8 = False
         self.interruptible = False
-        self.nmi_blocked = False
+        self.nmi_blocked = self.shadow = False
         self.ticks = 0
         self.vmsa = Vmsa()
         self.loads = 0
@@ -81,7 +81,9 @@ class ScriptedCpu:
     def inject_nmi(self) -> None:
         self.injected.append(("nmi", 2, None))
 
-    def inject_exception(self, vector: int, error_code: int | None = None) -> None:
+    def inject_exception(
+        self, vector: int, error_code: int | None = None, address: int = 0
+    ) -> None:
         self.injected.append(("exception", vector, error_code))
 
 

@@ -372,13 +372,6 @@ def test_run_with_unknown_sync_regs_is_einval_before_eintr(machine, field):
 
 
 @pytest.mark.parametrize("field", ["kvm_valid_regs", "kvm_dirty_regs"])
-@pytest.mark.parametrize("bits", [1, 2, 4, 7])
-def test_run_with_sync_regs_that_kvm_has_is_not_simulated(machine, field, bits):
-    setattr(machine.run_page(), field, bits)
-    assert machine.call("KVM_RUN") == (-1, errno.ENOSYS)
-
-
-@pytest.mark.parametrize("field", ["kvm_valid_regs", "kvm_dirty_regs"])
 def test_run_of_snp_vcpu_with_any_sync_regs_is_einval(field):
     with simulated() as platform:
         machine = Machine(platform, vm_type=4)

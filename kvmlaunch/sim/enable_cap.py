@@ -32,6 +32,7 @@ def enable_cap(vm: Vm, cap: Any) -> int:
         lib.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
         lib.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks,
         lib.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
+        lib.KVM_CAP_MSR_PLATFORM_INFO: _platform_info,
         lib.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
         lib.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
     }.get(cap.cap)
@@ -75,6 +76,11 @@ def _disable_quirks(vm: Vm, quirks: int) -> None:
 def _user_space_msr(vm: Vm, reasons: int) -> None:
     if reasons & ~_MSR_EXIT_REASONS:
         refuse(errno.EINVAL)
+    vm.msr_exits = reasons
+
+
+def _platform_info(vm: Vm, readable: int) -> None:
+    vm.platform_info_readable = bool(readable)
 
 
 def _max_vcpu_id(vm: Vm, limit: int) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "memory_fault",
     "mmio",
     "mmio_data",
+    "msr",
     "put_io_data",
     "req_certs",
     "req_certs_answer",
@@ -75,6 +76,14 @@ def mmio(run: Any, gpa: int, size: int, data: bytes | None) -> None:
 def mmio_data(run: Any, size: int) -> bytes:
     """What user space answered a read, or left of a write."""
     return bytes(ffi.buffer(run.mmio.data))[:size]
+
+
+def msr(run: Any, exit_reason: int, reason: int, index: int, data: int) -> None:
+    """KVM_EXIT_X86_RDMSR and KVM_EXIT_X86_WRMSR (kvm_msr_user_space)."""
+    run.exit_reason = exit_reason
+    run.msr.error = 0
+    run.msr.pad = bytes(len(run.msr.pad))
+    run.msr.reason, run.msr.index, run.msr.data = reason, index, data
 
 
 def hypercall(run: Any, args: tuple[int, int, int], *, flags: int | None, clear_ret: bool) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.ghcb import GhcbExit
-from kvmlaunch.sim import cpuid_table, exits, hypercalls, msrs
+from kvmlaunch.sim import cpuid_table, exits, hypercalls, vcpu_msrs
 from kvmlaunch.sim.ghcb import Ghcb
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import lib
@@ -14,7 +15,7 @@ from kvmlaunch.uapi import lib
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
 
-__all__ = ["cpuid", "handle", "read_msr", "write_msr"]
+__all__ = ["cpuid", "handle", "rdmsr", "wrmsr"]
 
 _UD, _GP = 6, 13
 _U32 = 0xFFFFFFFF
@@ -57,42 +58,70 @@ def cpuid(vcpu: Vcpu, function: int, index: int) -> tuple[int, int, int, int]:
     return cpuid_table.answer(vcpu, function, index, cr4=cr4, xcr0=vcpu.state.xcr0)
 
 
-def read_msr(vcpu: Vcpu, index: int) -> int | None:
-    """RDMSR by the guest; None is #GP."""
-    if index in msrs.APIC:
-        return vcpu.apic.read_msr(index)
-    if index == msrs.TSC:
-        return vcpu.guest_tsc()
-    return vcpu.state.get_msr(index)
+def rdmsr(vcpu: Vcpu, index: int, finish: Callable[[int | None], int]) -> int:
+    """kvm_emulate_rdmsr(); ``finish`` gets the value, None for #GP, maybe after user space."""
+    run = vcpu.run
+    if not vcpu.vm.msr_allowed(index, lib.KVM_MSR_FILTER_READ):
+        reason = lib.KVM_MSR_EXIT_REASON_FILTER
+    else:
+        value = None if _is_guests(vcpu, index) else vcpu_msrs.read(vcpu, index, by_guest=True)
+        if value is not None:
+            return finish(value)
+        reason = _why_not(vcpu, index)
+    if not vcpu.vm.msr_exits & reason:
+        return finish(None)
+    exits.msr(run, lib.KVM_EXIT_X86_RDMSR, reason, index, 0)
+    vcpu.running.complete = lambda: finish(None if run.msr.error else run.msr.data)
+    return 0
 
 
-def write_msr(vcpu: Vcpu, index: int, value: int) -> bool:
-    """WRMSR by the guest; False is #GP."""
-    if index in msrs.APIC:
-        return vcpu.apic.write_msr(index, value)
-    if index == msrs.APIC_BASE:
-        return vcpu.apic.guest_sets_base(value)
-    if not vcpu.state.machine_check.guest_may_set(index, value):
-        return False
-    return vcpu.state.set_msr(index, value)
+def wrmsr(vcpu: Vcpu, index: int, value: int, finish: Callable[[bool], int]) -> int:
+    """kvm_emulate_wrmsr(); ``finish`` gets False for #GP, maybe after user space. EINVAL."""
+    run, is_guests = vcpu.run, _is_guests(vcpu, index)
+    if not vcpu.vm.msr_allowed(index, lib.KVM_MSR_FILTER_WRITE):
+        reason, is_guests = lib.KVM_MSR_EXIT_REASON_FILTER, False
+    elif not is_guests and vcpu_msrs.write(vcpu, index, value, by_guest=True):
+        return finish(True)
+    else:
+        reason = _why_not(vcpu, index)
+    if not vcpu.vm.msr_exits & reason:
+        if is_guests:
+            refuse(errno.EINVAL)
+        return finish(False)
+    exits.msr(run, lib.KVM_EXIT_X86_WRMSR, reason, index, value)
+    vcpu.running.complete = lambda: finish(not run.msr.error)
+    return 0
+
+
+def _is_guests(vcpu: Vcpu, index: int) -> bool:
+    """What the processor lets an SNP guest access itself is not KVM's to know."""
+    return vcpu.sev_es is not None and vcpu.state.passes_through(index)
+
+
+def _why_not(vcpu: Vcpu, index: int) -> int:
+    """kvm_msr_reason()."""
+    known = vcpu_msrs.is_known(vcpu, index)
+    return int(lib.KVM_MSR_EXIT_REASON_INVAL if known else lib.KVM_MSR_EXIT_REASON_UNKNOWN)
 
 
 def _msr(vcpu: Vcpu, ghcb: Ghcb) -> int:
     """kvm_emulate_rdmsr() and kvm_emulate_wrmsr(), svm_complete_emulated_msr()."""
     registers = ghcb.registers
     index = registers["rcx"] & _U32
-    # What the processor lets the guest access itself is not KVM's to know.
-    is_guests = vcpu.state.passes_through(index)
+
+    def read(answer: int | None) -> int:
+        if answer is None:
+            return ghcb.raise_exception(_GP)
+        registers["rax"], registers["rdx"] = answer & _U32, answer >> 32
+        return 1
+
+    def written(done: bool) -> int:
+        return 1 if done else ghcb.raise_exception(_GP)
+
     if ghcb.info_1:
-        if is_guests:
-            refuse(errno.EINVAL)
         value = registers["rdx"] << 32 & _U32 << 32 | registers["rax"] & _U32
-        return 1 if write_msr(vcpu, index, value) else ghcb.raise_exception(_GP)
-    answer = None if is_guests else read_msr(vcpu, index)
-    if answer is None:
-        return ghcb.raise_exception(_GP)
-    registers["rax"], registers["rdx"] = answer & _U32, answer >> 32
-    return 1
+        return wrmsr(vcpu, index, value, written)
+    return rdmsr(vcpu, index, read)
 
 
 def _rdpmc(vcpu: Vcpu, ghcb: Ghcb) -> None:

@@ -15,11 +15,15 @@ __all__ = [
     "APIC",
     "APIC_BASE",
     "FEATURES",
+    "HOST_ONLY",
     "PASSED_THROUGH",
     "PLAIN",
+    "PLATFORM_INFO",
     "RESERVED",
     "SAVED",
     "TSC",
+    "TSC_ADJUST",
+    "U64",
     "VMCB",
     "transfer",
 ]
@@ -31,7 +35,10 @@ EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
 SYSENTER_ESP, SYSENTER_EIP = 0x175, 0x176
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
 
-TSC, POLL_CONTROL = 0x10, 0x4B564D05
+TSC, TSC_ADJUST, POLL_CONTROL = 0x10, 0x3B, 0x4B564D05
+PLATFORM_INFO, HWCR = 0xCE, 0xC0010015
+SMBASE, SMI_COUNT = 0x9E, 0x34
+U64 = (1 << 64) - 1
 APIC = frozenset({*range(0x800, 0x900), 0x6E0})
 """x2APIC registers and the TSC deadline."""
 
@@ -58,12 +65,15 @@ VMCB: Mapping[int, str] = MappingProxyType(
 
 PLAIN: Mapping[int, int] = MappingProxyType(
     {
-        TSC: 0,
-        0x3B: 0,  # TSC_ADJUST
+        TSC_ADJUST: 0,
+        SMI_COUNT: 0,
+        SMBASE: 0x30000,
+        PLATFORM_INFO: 1 << 31,  # CPUID faulting
+        0x1FC: 0,  # POWER_CTL
         0x1A0: 0x1,  # MISC_ENABLE
         **mtrr.RESET,
         TSC_AUX: 0,
-        0xC0010015: 0,  # HWCR
+        HWCR: 0,
         **dict.fromkeys((0x11, 0x12, *range(0x4B564D00, 0x4B564D05), 0x4B564D06, 0x4B564D08), 0),
         POLL_CONTROL: 1,
     }
@@ -84,6 +94,9 @@ RESERVED: Mapping[int, int] = MappingProxyType(
 )
 """MSR -> bits that must be 0 (kvm_set_msr_common())."""
 
+HOST_ONLY = frozenset({SMBASE, SMI_COUNT})
+"""MSRs that exist for user space only."""
+
 PASSED_THROUGH = frozenset({*VMCB, EFER, XSS, FS_BASE, GS_BASE})
 """MSRs that a running SNP guest owns: after encryption a batch stops at them.
 
@@ -97,7 +110,7 @@ _MCG_STATUS, _MCG_CTL, _MTRR_DEFAULT = 0x17A, 0x17B, 0x2FF
 
 SAVED = tuple(
     sorted(
-        {*VMCB, *PLAIN, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE, _MCG_STATUS, _MCG_CTL}
+        {*VMCB, *PLAIN, TSC, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE, _MCG_STATUS, _MCG_CTL}
         - (mtrr.RESET.keys() - {_MTRR_DEFAULT})
     )
 )

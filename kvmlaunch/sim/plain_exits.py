@@ -67,19 +67,30 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
         return 0
 
     def msr_read(event: MsrRead) -> int:
-        value = intercepts.read_msr(vcpu, event.index)
-        if value is None:
-            running.live_cpu.refuse()
-        else:
-            running.live_cpu.complete(value)
-        return 1
+        at = running.live_cpu.linear_rip
+
+        def finish(value: int | None) -> int:
+            if running.is_still_at(at):
+                if value is None:
+                    running.live_cpu.refuse()
+                else:
+                    running.live_cpu.complete(value)
+            return 1
+
+        return intercepts.rdmsr(vcpu, event.index, finish)
 
     def msr_write(event: MsrWrite) -> int:
-        if intercepts.write_msr(vcpu, event.index, event.value):
-            running.live_cpu.complete()
-        else:
-            running.live_cpu.refuse()
-        return 1
+        at = running.live_cpu.linear_rip
+
+        def finish(done: bool) -> int:
+            if running.is_still_at(at):
+                if done:
+                    running.live_cpu.complete()
+                else:
+                    running.live_cpu.refuse()
+            return 1
+
+        return intercepts.wrmsr(vcpu, event.index, event.value, finish)
 
     return {
         IoRead: io_read,

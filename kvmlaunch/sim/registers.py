@@ -1,4 +1,4 @@
-"""``struct kvm_regs`` and ``kvm_sregs`` of a vCPU whose state is open (x86.c: __set_regs(), ...)."""
+"""``struct kvm_regs`` and ``kvm_sregs`` of a vCPU whose state is open (x86.c: __set_regs())."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvmlaunch.sim import caps, vcpu_commands, vcpu_ioctls
+from kvmlaunch.sim import caps, msrs, vcpu_commands, vcpu_ioctls
 from kvmlaunch.sim.cpuid_table import find_leaf
 from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.lapic import LocalApic
@@ -46,7 +46,7 @@ class Vcpu:
         )
         self.cpuid = b""
         self.tsc_khz = vm.tsc_khz
-        self.tsc_offset = bytes(8)
+        self.tsc_offset = 0
         self.guest_debug = 0
         self.signal_mask: int | None = None
         self.has_run = False
@@ -67,6 +67,7 @@ class Vcpu:
         self.apic = LocalApic(self)
         self.sev_es = SevEsState(self) if vm.is_snp_type else None
         self.running = VcpuRun(self)
+        vm.tsc.synchronize(self, None)
         self.seat = vm.scheduler.add(self)
         self.run: Any = ffi.cast("struct kvm_run *", self.run_pages.address)
 
@@ -146,7 +147,12 @@ class Vcpu:
 
     def guest_tsc(self) -> int:
         """The TSC, which counts what the guest has executed, not the time of the host."""
-        return self.vm.guest_ticks
+        return self.vm.guest_ticks + self.tsc_offset & msrs.U64
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """kvm_vcpu_write_tsc_offset()."""
+        self.tsc_offset = offset & msrs.U64
+        self.running.set_tsc_offset(self.tsc_offset)
 
     def pull_state(self) -> None:
         """Bring the registers of a plain guest from the CPU to where the ioctls find them."""

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import interrupts, msrs, registers, vcpu_events
+from kvmlaunch.sim import interrupts, msrs, registers, vcpu_events, vcpu_msrs
 from kvmlaunch.sim.cpuid_table import get_cpuid, set_cpuid
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import ffi, lib
@@ -134,7 +134,7 @@ def _get_msrs(vcpu: Vcpu, arg: int) -> int:
     def read(index: int) -> int | None:
         if vcpu.protected and vcpu.state.passes_through(index):
             return None
-        return vcpu.apic.read_msr(index) if index in msrs.APIC else vcpu.state.get_msr(index)
+        return vcpu_msrs.read(vcpu, index, by_guest=False)
 
     return msrs.transfer(vcpu.vm.host.user, arg, read, write_back=True)
 
@@ -143,11 +143,7 @@ def _set_msrs(vcpu: Vcpu, arg: int) -> int:
     def write(index: int, value: int) -> bool:
         if vcpu.protected and vcpu.state.passes_through(index):
             return False
-        if index in msrs.APIC:
-            return vcpu.apic.write_msr(index, value)
-        if index == msrs.APIC_BASE:
-            return vcpu.state.apic_base_valid(value) and vcpu.apic.set_base(value)
-        return vcpu.state.set_msr(index, value)
+        return vcpu_msrs.write(vcpu, index, value, by_guest=False)
 
     return msrs.transfer(vcpu.vm.host.user, arg, store=write)
 
@@ -312,12 +308,14 @@ def _translate(vcpu: Vcpu, arg: int) -> int:
 
 
 def _get_device_attr(vcpu: Vcpu, arg: int) -> int:
-    vcpu.vm.host.user.write(_tsc_offset_address(vcpu, arg), vcpu.tsc_offset)
+    address = _tsc_offset_address(vcpu, arg)
+    vcpu.vm.host.user.write(address, vcpu.tsc_offset.to_bytes(8, "little"))
     return 0
 
 
 def _set_device_attr(vcpu: Vcpu, arg: int) -> int:
-    vcpu.tsc_offset = vcpu.vm.host.user.read(_tsc_offset_address(vcpu, arg), 8)
+    offset = vcpu.vm.host.user.read(_tsc_offset_address(vcpu, arg), 8)
+    vcpu.vm.tsc.set_offset(vcpu, int.from_bytes(offset, "little"))
     return 0
 
 

@@ -227,6 +227,7 @@ class VcpuRun:
             cpu = vcpu.vm.machine().new_cpu()
             if vcpu.sev_es is not None:
                 cpu.ghcb = vcpu.sev_es.msr
+            cpu.tsc_offset = vcpu.tsc_offset
             self.cpu = cpu
             if vcpu.vm.inspector is not None:
                 vcpu.vm.inspector.new_cpu(vcpu)
@@ -264,6 +265,11 @@ class VcpuRun:
     def save(self) -> Vmsa | None:
         """The guest's registers, None if the CPU doesn't have them; they stay there."""
         return self.live_cpu.save() if self._loaded else None
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """What the guest's TSC is ahead of the VM's clock."""
+        if self.cpu is not None:
+            self.cpu.tsc_offset = offset
 
     def is_still_at(self, rip: int) -> bool:
         """Whether an access that user space answers is still the one that the guest is at.

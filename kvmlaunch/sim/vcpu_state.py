@@ -29,7 +29,10 @@ _RFLAGS_FIXED = 1 << 1
 _DEBUGCTL_LBR, _DEBUGCTL_DROPPED = 1 << 0, 0x3E
 _APIC_DEFAULT, _APIC_ENABLE, _APIC_X2, _APIC_BSP = 0xFEE00000, 1 << 11, 1 << 10, 1 << 8
 _APIC_RESERVED = 0x2FF
+# HWCR: what a write may have set, and what of it is kept (x86.c).
+_HWCR_IGNORED, _HWCR_KEPT = 0x40 | 0x100 | 0x8, 1 << 18 | 1 << 24
 _PAT_TYPES = frozenset({0, 1, 4, 5, 6, 7})
+_KEPT = {msrs.TSC_AUX: 0xFFFFFFFF, msrs.HWCR: _HWCR_KEPT}
 # x86's EDX at reset: KVM has no CPUID table yet when it resets a new vCPU.
 _RESET_RDX = 0x600
 
@@ -223,7 +226,7 @@ class VcpuState:
         elif index in msrs.VMCB:
             self.vmcb[msrs.VMCB[index]] = value
         elif index in msrs.PLAIN:
-            self.msrs[index] = value & 0xFFFFFFFF if index == msrs.TSC_AUX else value
+            self.msrs[index] = value & _KEPT.get(index, msrs.U64)
         else:
             return self.machine_check.set(index, value)
         return True
@@ -243,6 +246,8 @@ class VcpuState:
             return self.guest.amd or not value >> 32
         if index == msrs.EFER:
             return not value & self._host.efer
+        if index == msrs.HWCR:
+            return not value & ~(_HWCR_IGNORED | _HWCR_KEPT)
         if index == msrs.PAT:
             return all(byte in _PAT_TYPES for byte in value.to_bytes(8, "little"))
         if index == msrs.DEBUGCTL:

@@ -14,9 +14,11 @@ from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.guest_memfd import GuestMemfd
 from kvmlaunch.sim.guest_memory import VmMemory
 from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.msr_filter import MsrFilter, set_filter
 from kvmlaunch.sim.scheduler import Scheduler
 from kvmlaunch.sim.sev import SevVm, encrypt_op, register_region, unregister_region
 from kvmlaunch.sim.slots import Attributes, Slots
+from kvmlaunch.sim.tsc import TscMatching
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
 from kvmlaunch.softcpu import CpuOptions, Machine
@@ -48,6 +50,11 @@ class Vm:
         self.max_vcpu_ids = 0
         self.disabled_quirks = 0
         self.hypercall_exits = 0
+        self.msr_exits = 0
+        """KVM_CAP_X86_USER_SPACE_MSR: reasons to ask user space."""
+        self.msr_filter: MsrFilter | None = None
+        self.platform_info_readable = True
+        self.tsc = TscMatching()
         self.tsc_khz = host.tsc_khz
         self.pre_fault_allowed = not self.is_snp_type
         self.vcpus: list[Vcpu] = []
@@ -132,7 +139,21 @@ class Vm:
                 exit_on_pause=len(self.vcpus) > 1,
             )
             self._machine = self.host.machine(self.memory, options)
+            self.update_msr_intercepts()
         return self._machine
+
+    def msr_allowed(self, index: int, kind: int) -> bool:
+        """kvm_msr_allowed()."""
+        return self.msr_filter is None or self.msr_filter.allows(index, kind)
+
+    def update_msr_intercepts(self) -> None:
+        """svm_msr_filter_changed(): what the filter forbids isn't for a plain CPU to answer."""
+        if self._machine is not None and self.msr_filter is not None and not self.is_snp_type:
+            self._machine.intercept_msrs(self._intercepts_msr)
+
+    def _intercepts_msr(self, index: int, write: bool) -> bool:
+        kind = lib.KVM_MSR_FILTER_WRITE if write else lib.KVM_MSR_FILTER_READ
+        return not self.msr_allowed(index, kind)
 
     @property
     def guest_ticks(self) -> int:
@@ -202,7 +223,7 @@ class VmFile(File):
             lib.KVM_GET_TSC_KHZ: self._get_tsc_khz,
             lib.KVM_GET_CLOCK: self._get_clock,
             lib.KVM_SET_CLOCK: self._set_clock,
-            lib.KVM_X86_SET_MSR_FILTER: self._set_msr_filter,
+            lib.KVM_X86_SET_MSR_FILTER: partial(set_filter, vm),
             lib.KVM_IRQFD: self.vm.irqfds.command,
             lib.KVM_IOEVENTFD: self.vm.ioeventfds.command,
             lib.KVM_GET_STATS_FD: self._unsimulated,
@@ -331,12 +352,6 @@ class VmFile(File):
 
     def _set_clock(self, arg: int) -> int:
         copy_in(self._user, "kvm_clock_data", arg)
-        return 0
-
-    def _set_msr_filter(self, arg: int) -> int:
-        filters = copy_in(self._user, "kvm_msr_filter", arg)
-        if filters.flags & ~lib.KVM_MSR_FILTER_DEFAULT_DENY:
-            refuse(errno.EINVAL)
         return 0
 
     def _unsimulated(self, arg: int) -> int:

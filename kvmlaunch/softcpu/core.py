@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .decode import Instruction, decode
@@ -51,6 +52,8 @@ class Core:
         self.options = options
         self.walker = Walker(pages, options)
         self.vmpl = 0
+        self.wants_msr: Callable[[int, bool], bool] | None = None
+        """(MSR, whether it is written) -> whether that is the owner's, as `Machine` was told."""
         self.fault: GuestFault | HostFault | MmioFault | None = None
         self.scratch: dict[int, int] = {}
         """Linear pages that stand for devices, with host address | rights: see `mmio`."""

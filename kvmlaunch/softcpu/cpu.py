@@ -34,6 +34,7 @@ __all__ = ["Machine", "SoftCpu"]
 
 _EXIT_TICKS = 16
 """What a stop of the engine costs, so that no loop of exceptions runs for ever."""
+_QUAD = 0xFFFFFFFFFFFFFFFF
 _IF = 1 << 9
 _AC = 1 << 18
 _NMI = 2
@@ -53,11 +54,25 @@ class Machine:
         """What all CPUs have run together; the TSC counts it."""
         self._engine = UnicornEngine(exit_on_pause=options.exit_on_pause)
         self._pages = Pages(memory, options)
+        self._cores: list[Core] = []
+        self._wants_msr: Callable[[int, bool], bool] | None = None
 
     def new_cpu(self) -> SoftCpu:
         """Return a CPU without state; `SoftCpu.load` gives it one."""
         core = Core(self._engine, self._engine.new_state(), self._pages, self.options)
+        core.wants_msr = self._wants_msr
+        self._cores.append(core)
         return SoftCpu(self, core)
+
+    def intercept_msrs(self, wanted: Callable[[int, bool], bool]) -> None:
+        """Stop (`MsrRead`, `MsrWrite`) where ``wanted(MSR, whether it is written)``: plain guests.
+
+        The others are done as without it.
+        """
+        self._wants_msr = wanted
+        for core in self._cores:
+            core.wants_msr = wanted
+        self._engine.intercept_msrs(True)
 
     def flush(self) -> None:
         """Forget all translations: pages have moved, changed sides or rights."""
@@ -98,6 +113,8 @@ class SoftCpu:
         """What an instruction that is done has written to devices."""
         self.ticks = 0
         """Ticks that this CPU has run since it was made."""
+        self.tsc_offset = 0
+        """What its TSC is ahead of the machine's."""
         self.on_exception: Callable[[int, int | None], object] | None = None
         """Told the vector and error code of each exception before the guest gets it."""
         self.want_window = False
@@ -347,7 +364,7 @@ class SoftCpu:
         self._pending = (Delivery(GP, 0), 0)
 
     def _tsc(self) -> int:
-        return self._machine.ticks // self._core.options.ticks_per_tsc
+        return self._machine.ticks // self._core.options.ticks_per_tsc + self.tsc_offset & _QUAD
 
     # -- events for the guest
 

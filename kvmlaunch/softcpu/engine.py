@@ -209,6 +209,10 @@ class Engine(Protocol):
         """Return the code at an address, for what `watch` calls; empty if it is out of reach."""
         ...
 
+    def intercept_msrs(self, every: bool) -> None:
+        """Stop at each RDMSR and WRMSR, or not at those of the system call MSRs and FS/GS bases."""
+        ...
+
     watching: bool
     """Whether what `watch` wants is heeded."""
 

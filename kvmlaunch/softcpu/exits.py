@@ -211,17 +211,18 @@ class Exits:
         core = self._core
         instruction = self._instruction()
         gpr = core.state.gpr
-        index = gpr[_RCX] & _WORD
-        if instruction.opcode == 0x30:
+        index, write = gpr[_RCX] & _WORD, instruction.opcode == 0x30
+        owners = core.wants_msr is not None and core.wants_msr(index, write)
+        if write:
             value = (gpr[_RAX] & _WORD) | (gpr[_RDX] & _WORD) << 32
-            if self._msrs.write(index, value):
+            if not owners and self._msrs.write(index, value):
                 core.advance(instruction.length)
                 return None
             if core.options.snp:
                 raise GuestFault(VC, code)
             self.wait(lambda _value: core.advance(instruction.length))
             return MsrWrite(index, value)
-        found = self._msrs.read(index, self._tsc())
+        found = None if owners else self._msrs.read(index, self._tsc())
         if found is not None:
             self._put_pair(found)
             core.advance(instruction.length)

@@ -1,8 +1,8 @@
 """MSRs that the processor answers without the hypervisor.
 
 For an SNP guest these are the ones that KVM doesn't intercept, all others are #VC; a plain
-guest's others go to its owner. FS, GS and kernel GS base, STAR, LSTAR, CSTAR and SFMASK never
-get here: the engine has them.
+guest's others go to its owner. FS, GS and kernel GS base, STAR, LSTAR, CSTAR and SFMASK only
+get here if the owner has an eye on MSRs: otherwise the engine has them.
 
 Sources: Linux svm.c, direct_access_msrs, and sev.c, sev_es_init_vmcb; AMD APM volume 2, 3.1.7
 (EFER) and 15.34.10 (SEV_STATUS).
@@ -13,6 +13,7 @@ from __future__ import annotations
 from kvmlaunch.abi.vmsa import Vmsa
 
 from .core import Core
+from .engine import FS, GS
 from .faults import GP, GuestFault
 
 __all__ = ["GHCB", "SEV_STATUS", "NativeMsrs"]
@@ -29,11 +30,19 @@ _STORED = {
     0xC0000103: ("tsc_aux", 0xFFFFFFFF),
     0x48: ("spec_ctrl", 0xFFFF),
 }
+_ENGINES = {
+    0xC0000081: "star",
+    0xC0000082: "lstar",
+    0xC0000083: "cstar",
+    0xC0000084: "sfmask",
+    0xC0000102: "kernel_gs_base",
+}
+_BASES = {0xC0000100: FS, 0xC0000101: GS}
 _SCE, _LME, _LMA, _NXE, _SVME = 1 << 0, 1 << 8, 1 << 10, 1 << 11, 1 << 12
 # SCE LME LMA NXE SVME LMSLE FFXSR TCE MCOMMIT INTWB UAIE AIBRSE.
 EFER_KNOWN = 0x37FD01 & ~0x10000
 _PAT_TYPES = frozenset((0, 1, 4, 5, 6, 7))
-_CANONICAL = (0x175, 0x176)
+_CANONICAL = (0x175, 0x176, *_BASES, 0xC0000082, 0xC0000083, 0xC0000102)
 
 
 class NativeMsrs:
@@ -64,6 +73,10 @@ class NativeMsrs:
         state, snp = self._core.state, self._core.options.snp
         if index in _STORED:
             return state.get(_STORED[index][0])
+        if index in _ENGINES:
+            return state.get(_ENGINES[index])
+        if index in _BASES:
+            return state.base(_BASES[index])
         if index == _EFER:
             return state.efer
         if index == _PAT:
@@ -93,11 +106,17 @@ class NativeMsrs:
             GuestFault: #GP.
         """
         state, snp = self._core.state, self._core.options.snp
+        if index in _CANONICAL and value + (1 << 47) & 0xFFFF000000000000:
+            raise GuestFault(GP, 0)
         if index in _STORED:
             name, mask = _STORED[index]
-            if index in _CANONICAL and value + (1 << 47) & 0xFFFF000000000000:
-                raise GuestFault(GP, 0)
             state.put(name, value & mask)
+        elif index in _ENGINES:
+            state.put(_ENGINES[index], value)
+        elif index in _BASES:
+            segment = _BASES[index]
+            rights = state.selector(segment), state.attrib(segment), state.limit(segment)
+            state.set_segment(segment, *rights, value)
         elif index == _EFER:
             self._write_efer(value)
         elif index == _PAT:

@@ -23,7 +23,7 @@ from kvmlaunch.errors import KvmLaunchError, MissingCapability
 from . import _hooks
 from .decode import io_instructions
 from .engine import FETCH, READ, WRITE, EngineState, Fill, Stop, Watch
-from .unicorn_env import CONTEXT_HEADER, Block, Env, TlbEntry, control_page
+from .unicorn_env import CONTEXT_HEADER, Block, Env, TlbEntry, control_page, set_msr_intercepts
 from .unicorn_state import UnicornState
 
 _unicorn: Any = None
@@ -252,6 +252,10 @@ class UnicornEngine:
             self._remove_blocks(host, len(data))
             self.flush_tlb()
             self._fill, self._exact = running, True
+
+    def intercept_msrs(self, every: bool) -> None:
+        """Stop at each RDMSR and WRMSR, or leave some MSRs to the guest."""
+        set_msr_intercepts(self._control, every=every)
 
     def _remove_blocks(self, linear: int, size: int) -> None:
         end = ctypes.c_uint64(linear + size)

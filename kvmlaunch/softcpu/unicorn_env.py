@@ -11,11 +11,20 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
 
-__all__ = ["CONTEXT_HEADER", "Block", "Env", "SegmentCache", "TlbEntry", "control_page"]
+__all__ = [
+    "CONTEXT_HEADER",
+    "Block",
+    "Env",
+    "SegmentCache",
+    "TlbEntry",
+    "control_page",
+    "set_msr_intercepts",
+]
 
 CONTEXT_HEADER = 40
 """Bytes of a uc_context before the state."""
 
+_MAP_AT = 0x1000
 _MSRPM_FIELD = 0x48  # VMCB: msrpm_base_pa
 # FS, GS, kernel GS base, STAR, LSTAR, CSTAR, SFMASK: not intercepted.
 _NATIVE_MSRS = (*range(0xC0000081, 0xC0000085), *range(0xC0000100, 0xC0000103))
@@ -132,11 +141,16 @@ class Block(ctypes.Structure):
 def control_page() -> ctypes.Array[ctypes.c_char]:
     """A VMCB of which unicorn reads the address of the MSR permission map, and that map."""
     page = ctypes.create_string_buffer(0x3000)
-    map_at = ctypes.addressof(page) + 0x1000
-    bits = bytearray(b"\xff" * 0x2000)
-    for index in _NATIVE_MSRS:
-        bit = 2 * (0x2000 + index - 0xC0000000)
-        bits[bit // 8] &= ~(3 << bit % 8)
-    ctypes.memmove(map_at, bytes(bits), len(bits))
+    set_msr_intercepts(page, every=False)
+    map_at = ctypes.addressof(page) + _MAP_AT
     ctypes.memmove(ctypes.addressof(page) + _MSRPM_FIELD, map_at.to_bytes(8, "little"), 8)
     return page
+
+
+def set_msr_intercepts(page: ctypes.Array[ctypes.c_char], *, every: bool) -> None:
+    """Let the guest have no MSR for itself, or those that the engine has."""
+    bits = bytearray(b"\xff" * 0x2000)
+    for index in () if every else _NATIVE_MSRS:
+        bit = 2 * (0x2000 + index - 0xC0000000)
+        bits[bit // 8] &= ~(3 << bit % 8)
+    ctypes.memmove(ctypes.addressof(page) + _MAP_AT, bytes(bits), len(bits))

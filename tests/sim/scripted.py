@@ -37,7 +37,7 @@ class ScriptedCpu:
         self.want_window = self.stop_at_cr8 = False
         self.interruptible = False
         self.nmi_blocked = self.shadow = False
-        self.ticks = 0
+        self.ticks = self.tsc_offset = 0
         self.vmsa = Vmsa()
         self.loads = 0
         self.registers: dict[str, int] = {}

@@ -9,7 +9,7 @@ import pytest
 
 from kvmlaunch.uapi import ffi, lib
 
-from .driver import PAGE, Driver, Memory, struct
+from .driver import PAGE, Memory, struct
 from .plain_vm import CODE, Vm
 from .scripted import io_data
 

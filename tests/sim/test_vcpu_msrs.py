@@ -8,6 +8,7 @@ from kvmlaunch.uapi import ffi, lib
 
 from .driver import launched, simulated, struct
 from .one_vcpu import E2BIG, EINVAL, ENTRY, OK, Machine
+from .plain_vm import Vm
 
 
 def msrs(*entries):
@@ -40,6 +41,51 @@ def test_impossible_msr_value_stops_the_batch(machine, index, value):
     keep, header = msrs((index, value))
     assert machine.call("KVM_SET_MSRS", header) == OK
     del keep
+
+
+@pytest.mark.parametrize(
+    ("bit", "kept"),
+    [(3, 0), (6, 0), (8, 0), (18, 1 << 18), (24, 1 << 24), (0, None), (19, None), (63, None)],
+)
+def test_hwcr_takes_few_bits_and_keeps_fewer(machine, bit, kept):
+    """hwcr_msr_test: bits 3, 6 and 8 are dropped, 18 and 24 kept, others refused."""
+    keep, header = msrs((0xC0010015, 1 << bit))
+    assert machine.call("KVM_SET_MSRS", header) == (int(kept is not None), 0)
+    keep, header = msrs((0xC0010015, 9))
+    machine.call("KVM_GET_MSRS", header)
+    assert header.entries[0].data == (kept or 0)
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("index", "value"), [(0xCE, 1 << 31), (0x9E, 0x30000), (0x34, 0), (0x1FC, 0)]
+)
+def test_msr_that_user_space_may_write_has_its_value_at_reset(machine, index, value):
+    """PLATFORM_INFO (with CPUID faulting), SMBASE, SMI_COUNT and POWER_CTL."""
+    keep, header = msrs((index, 9))
+    assert machine.call("KVM_GET_MSRS", header) == (1, 0)
+    assert header.entries[0].data == value
+    keep, header = msrs((index, 0xFF00))
+    assert machine.call("KVM_SET_MSRS", header) == (1, 0)
+    del keep
+
+
+@pytest.mark.parametrize(
+    ("index", "readable", "reason"),
+    [
+        (0xCE, 1, lib.KVM_EXIT_HLT),
+        (0xCE, 0, lib.KVM_EXIT_SHUTDOWN),
+        (0x9E, 1, lib.KVM_EXIT_SHUTDOWN),
+        (0x34, 1, lib.KVM_EXIT_SHUTDOWN),
+    ],
+)
+def test_guest_reads_platform_info_if_it_may_and_smm_msrs_never(index, readable, reason):
+    vm = Vm(bytes.fromhex("0f32 f4"), code32=True)
+    cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_MSR_PLATFORM_INFO)
+    cap.args[0] = readable
+    vm.ok(vm.ioctl(vm.vm, lib.KVM_ENABLE_CAP, cap))
+    vm.set_regs(rcx=index)
+    assert vm.enter() == ((0, 0), reason)
 
 
 @pytest.mark.parametrize("count", [256, 257, 0xFFFFFFFF])

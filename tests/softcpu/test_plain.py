@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from kvmlaunch.softcpu import (
@@ -364,3 +366,53 @@ def test_tsc_when_msr_is_read_is_the_same_clock() -> None:
     guest = Guest(snp=False, ticks_per_tsc=2)
     assert guest.run(bytes.fromhex("b910000000 0f32 f4")) == Halt()
     assert 0 < guest.cpu.read("rax") <= guest.machine.ticks // 2
+
+
+NATIVE_MSRS = {
+    0xC0000081: "star",
+    0xC0000082: "lstar",
+    0xC0000083: "cstar",
+    0xC0000084: "sfmask",
+    0xC0000102: "kernel_gs_base",
+}
+
+
+@pytest.mark.parametrize("msr", [*NATIVE_MSRS, 0xC0000100, 0xC0000101, 0x10, 0x277])
+def test_msr_when_the_owner_wants_it_is_an_event(msr: int) -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(bytes.fromhex("0f30 0f32 f4"), rcx=msr, rax=0x55, rdx=0)
+    guest.machine.intercept_msrs(lambda index, _write: index == msr)
+    assert cpu.run(1000) == MsrWrite(msr, 0x55)
+    cpu.complete()
+    assert cpu.run(1000) == MsrRead(msr)
+    cpu.complete(0x66)
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rax") == 0x66
+
+
+@pytest.mark.parametrize(("msr", "name"), NATIVE_MSRS.items())
+def test_msr_when_the_owner_wants_another_is_the_guests(msr: int, name: str) -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(bytes.fromhex("0f30 31c0 0f32 f4"), rcx=msr, rax=0x55, rdx=0)
+    guest.machine.intercept_msrs(lambda index, _write: index != msr)
+    assert cpu.run(1000) == Halt()
+    assert (cpu.read("rax"), getattr(cpu.save(), name)) == (0x55, 0x55)
+
+
+@pytest.mark.parametrize(("msr", "name"), [(0xC0000100, "fs"), (0xC0000101, "gs")])
+def test_segment_base_when_written_by_msr_leaves_the_rest(msr: int, name: str) -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(bytes.fromhex("0f30 31c0 0f32 f4"), rcx=msr, rax=0x5000, rdx=0)
+    before = getattr(cpu.save(), name)
+    guest.machine.intercept_msrs(lambda _index, _write: False)
+    assert cpu.run(1000) == Halt()
+    after = getattr(cpu.save(), name)
+    assert (cpu.read("rax"), after.base) == (0x5000, 0x5000)
+    assert dataclasses.replace(after, base=0) == dataclasses.replace(before, base=0)
+
+
+def test_tsc_when_ahead_shows_in_rdtsc() -> None:
+    cpu = plain("0f31")
+    cpu.tsc_offset = 7 << 32
+    assert cpu.run(1000) == Halt()
+    assert cpu.read("rdx") == 7

@@ -1,0 +1,78 @@
+"""MSRs of a vCPU as user space and its guest access them (x86.c: kvm_set_msr_common(), ...)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmlaunch.sim import cpuid_table, msrs
+
+if TYPE_CHECKING:
+    from kvmlaunch.sim.vcpu import Vcpu
+
+__all__ = ["is_known", "read", "write"]
+
+_FEATURE_TSC_ADJUST = 1 << 1  # CPUID leaf 7 EBX
+
+
+def is_known(vcpu: Vcpu, index: int) -> bool:
+    """Whether KVM has the MSR at all, whatever it says to a value or to who asks."""
+    return index in msrs.APIC or vcpu.state.get_msr(index) is not None or index == msrs.TSC
+
+
+def read(vcpu: Vcpu, index: int, *, by_guest: bool) -> int | None:
+    """The value; None where KVM refuses."""
+    if index in msrs.APIC:
+        return vcpu.apic.read_msr(index)
+    if index == msrs.TSC:
+        return vcpu.guest_tsc()
+    hidden = index == msrs.PLATFORM_INFO and not vcpu.vm.platform_info_readable
+    if by_guest and (hidden or index in msrs.HOST_ONLY):
+        return None
+    return vcpu.state.get_msr(index)
+
+
+def write(vcpu: Vcpu, index: int, value: int, *, by_guest: bool) -> bool:
+    """Store a value; False where KVM refuses."""
+    if index in msrs.APIC:
+        return vcpu.apic.write_msr(index, value)
+    if index == msrs.APIC_BASE:
+        return _set_apic_base(vcpu, value, by_guest)
+    if index == msrs.TSC:
+        _set_tsc(vcpu, value, by_guest)
+        return True
+    if index == msrs.TSC_ADJUST:
+        _set_tsc_adjust(vcpu, value, by_guest)
+        return True
+    if by_guest and (index == msrs.PLATFORM_INFO or index in msrs.HOST_ONLY):
+        return False
+    if by_guest and not vcpu.state.machine_check.guest_may_set(index, value):
+        return False
+    return vcpu.state.set_msr(index, value)
+
+
+def _set_apic_base(vcpu: Vcpu, value: int, by_guest: bool) -> bool:
+    if by_guest:
+        return vcpu.apic.guest_sets_base(value)
+    return vcpu.state.apic_base_valid(value) and vcpu.apic.set_base(value)
+
+
+def _set_tsc(vcpu: Vcpu, value: int, by_guest: bool) -> None:
+    """A guest moves its own TSC, and sees that in TSC_ADJUST; user space moves the offset."""
+    if not by_guest:
+        vcpu.vm.tsc.synchronize(vcpu, value)
+        return
+    moved = value - vcpu.guest_tsc()
+    vcpu.set_tsc_offset(vcpu.tsc_offset + moved)
+    vcpu.state.msrs[msrs.TSC_ADJUST] += moved
+    vcpu.state.msrs[msrs.TSC_ADJUST] &= msrs.U64
+
+
+def _set_tsc_adjust(vcpu: Vcpu, value: int, by_guest: bool) -> None:
+    """Without the feature a write has no effect."""
+    features = cpuid_table.find_leaf(vcpu.cpuid, 7)
+    if features is None or not features.ebx & _FEATURE_TSC_ADJUST:
+        return
+    if by_guest:
+        moved = value - vcpu.state.msrs[msrs.TSC_ADJUST]
+        vcpu.set_tsc_offset(vcpu.tsc_offset + moved)
+    vcpu.state.msrs[msrs.TSC_ADJUST] = value

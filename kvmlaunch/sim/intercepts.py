@@ -54,8 +54,10 @@ _NOTHING_TO_DO = (GhcbExit.READ_DR7, GhcbExit.WRITE_DR7, GhcbExit.INVD, GhcbExit
 
 def cpuid(vcpu: Vcpu, function: int, index: int) -> tuple[int, int, int, int]:
     """kvm_emulate_cpuid(). KVM knows CR4 of a guest with encrypted state by its write trap."""
-    cr4 = vcpu.running.live_cpu.read("cr4")
-    return cpuid_table.answer(vcpu, function, index, cr4=cr4, xcr0=vcpu.state.xcr0)
+    cpu = vcpu.running.live_cpu
+    # KVM sees a plain guest's XSETBV, and can't see one with encrypted state.
+    xcr0 = cpu.read("xcr0") if vcpu.sev_es is None else vcpu.state.xcr0
+    return cpuid_table.answer(vcpu, function, index, cr4=cpu.read("cr4"), xcr0=xcr0)
 
 
 def rdmsr(vcpu: Vcpu, index: int, finish: Callable[[int | None], int]) -> int:

@@ -21,6 +21,7 @@ __all__ = [
     "write_cr0",
     "write_cr4",
     "write_debug",
+    "write_xcr0",
 ]
 
 _PE, _NW, _CD, _PG = 1 << 0, 1 << 29, 1 << 30, 1 << 31
@@ -32,6 +33,8 @@ _PAE, _LA57, _PCIDE = 1 << 5, 1 << 12, 1 << 17
 CR4_SUPPORTED = 0x00370FFF
 _CR4_FLUSHES = 0x003000B0
 _LME, _LMA = 1 << 8, 1 << 10
+_X87, _SSE, _AVX, _BOUNDS, _AVX512, _TILE = 1 << 0, 1 << 1, 1 << 2, 3 << 3, 7 << 5, 3 << 17
+_RAX, _RCX, _RDX = 0, 1, 2
 _IF, _RF = 1 << 9, 1 << 16
 _FLAT = 0xFFFFFFFF
 
@@ -106,6 +109,33 @@ def write_control(core: Core, number: int) -> None:
     except GuestFault:
         core.state.rip = rip
         raise
+
+
+def write_xcr0(core: Core) -> None:
+    """XSETBV of components that CPUID has and the engine lacks (it takes x87, SSE and AVX itself).
+
+    They enable nothing, and XSAVE keeps none of them where CPUID says.
+
+    Raises:
+        GuestFault: #GP (__kvm_set_xcr() of Linux).
+    """
+    state, instruction = core.state, core.instruction()
+    low, high = state.gpr[_RAX] & 0xFFFFFFFF, state.gpr[_RDX] & 0xFFFFFFFF
+    value = high << 32 | low
+    eax, _, _, edx = core.options.cpuid(0xD, 0)
+    if (
+        instruction is None
+        or state.cpl
+        or state.gpr[_RCX] & 0xFFFFFFFF
+        or not value & _X87
+        or value & ~(eax | edx << 32 | _X87)
+        or (value & _AVX and not value & _SSE)
+        or (value & _AVX512 and not value & _AVX)
+        or any(value & group not in (0, group) for group in (_BOUNDS, _AVX512, _TILE))
+    ):
+        raise GuestFault(GP, 0)
+    state.put("xcr0", value)
+    core.advance(instruction.length)
 
 
 def read_debug(core: Core) -> None:

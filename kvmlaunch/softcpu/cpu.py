@@ -166,7 +166,7 @@ class SoftCpu:
         return self._core.vmpl
 
     def read(self, name: str) -> int:
-        """Return a register: rax..r15, rip, rflags, cr0, cr2, cr3, cr4, cr8, efer, dr0..dr7.
+        """Return a register: rax..r15, rip, rflags, efer, cpl, cr0, 2, 3, 4, 8, dr0..dr7, xcr0.
 
         Raises:
             KeyError: no such register.
@@ -180,6 +180,8 @@ class SoftCpu:
             return self._exits.cr8
         if name in ("cr0", "cr2", "cr3", "cr4"):
             return state.cr[int(name[2])]
+        if name == "xcr0":
+            return state.get(name)
         if name[:2] == "dr" and name[2:] in ("0", "1", "2", "3", "6", "7"):
             return state.dr[int(name[2])]
         raise KeyError(name)

@@ -29,6 +29,7 @@ __all__ = ["Exits"]
 
 _RAX, _RCX, _RDX, _RBX = 0, 1, 2, 3
 _WORD = 0xFFFFFFFF
+_XSETBV = b"\x0f\x01\xd1"
 _WITH_ERROR_CODE = frozenset((DF, TS, NP, SS_FAULT, GP, PF, AC))
 _INT3, _INTN, _INTO = 0xCC, 0xCD, 0xCE
 
@@ -125,6 +126,9 @@ class Exits:
             instruction = core.instruction()
             if instruction is not None and (found := self._extension(instruction)):
                 return found()
+        if vector == GP and not core.options.snp and core.code(3) == _XSETBV:
+            control.write_xcr0(core)
+            return None
         snp = core.options.snp
         swapped = vector == 1 and self.sev_features & vc.DEBUG_SWAP
         if snp and vector in vc.VC_EXCEPTIONS and not swapped:

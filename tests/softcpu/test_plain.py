@@ -416,3 +416,40 @@ def test_tsc_when_ahead_shows_in_rdtsc() -> None:
     cpu.tsc_offset = 7 << 32
     assert cpu.run(1000) == Halt()
     assert cpu.read("rdx") == 7
+
+
+XSETBV = bytes.fromhex("0f01d1 f4")
+
+
+@pytest.mark.parametrize("value", [1, 3, 7, 0x207, 0x2E7])
+def test_xcr0_when_cpuid_has_the_components_takes_them(value: int) -> None:
+    guest = Guest(snp=False, cpuid=lambda leaf, _i: (0x2E7 if leaf == 0xD else 0, 0, 0, 0))
+    cpu = guest.start(XSETBV, cr4=1 << 18, rax=value, rcx=0, rdx=0)
+    assert cpu.run(1000) == Halt()
+    assert (cpu.read("xcr0"), cpu.save().xcr0) == (value, value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"rax": 6}, 0),  # without x87
+        ({"rax": 0x205}, 0),  # AVX without SSE
+        ({"rax": 0xE3}, 0),  # AVX-512 without AVX
+        ({"rax": 0x27}, 0),  # a part of AVX-512
+        ({"rax": 0x407}, 0),  # not in CPUID
+        ({"rax": 7, "rdx": 1}, 0),
+        ({"rax": 7, "rcx": 1}, 0),
+        ({"rax": 7, "cr4": 0}, None),  # #UD
+    ],
+)
+def test_xcr0_when_the_value_cannot_be_is_a_fault(
+    changes: dict[str, int], error: int | None
+) -> None:
+    guest = Guest(snp=False, cpuid=lambda leaf, _i: (0x2E7 if leaf == 0xD else 0, 0, 0, 0))
+    seen: list[tuple[int, int | None]] = []
+    state = {"cr4": 1 << 18, "rcx": 0, "rdx": 0, **changes}
+    cpu = guest.start(XSETBV, **state)
+    cpu.on_exception = lambda vector, code: seen.append((vector, code))
+    cpu.run(1000)
+    assert seen[0] == ((13, 0) if error == 0 else (6, None))
+    assert cpu.read("xcr0") == 1

@@ -1,7 +1,8 @@
 """CPUs that can be simulated: identity, and CPUID as the bare CPU and as KVM answer it.
 
 Values are in `cpuid_tables`; here is what KVM makes of them. KVM's own features are those of
-6.12 with its usual options, as far as they matter to a launch.
+6.12 with its usual options, as far as they matter to a launch, and kvm_amd.nested=0: guests of
+guests are not simulated.
 """
 
 from __future__ import annotations
@@ -195,14 +196,14 @@ _KVM_CHANGES: dict[int, Callable[[CpuModel, int, Registers], Registers]] = {
         _ALL,
         0,
         flags(
-            "LAHF:0 CMP_LEGACY:1 SVM:2 CR8_LEGACY:4 ABM:5 SSE4A:6 MISALIGNSSE:7 "
+            "LAHF:0 CMP_LEGACY:1 CR8_LEGACY:4 ABM:5 SSE4A:6 MISALIGNSSE:7 "
             "3DNOWPREFETCH:8 OSVW:9 TOPOEXT:22 PERFCTR_CORE:23"
         ),
         _ALL,
     ),
     0x80000007: _masked(0, 0, 0, flags("INVARIANT_TSC:8")),
     0x80000008: _leaf_8000_0008,
-    0x8000000A: _masked(_ALL, 0, 0, _ALL, add=(0, 8, 0, 0)),
+    0x8000000A: _zero,
     0x80000019: _masked(_ALL, _ALL, 0, 0),
     0x8000001B: _zero,
     0x8000001E: _zero,

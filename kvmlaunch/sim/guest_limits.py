@@ -42,7 +42,7 @@ _EFER_FEATURES: Mapping[int, _Feature] = MappingProxyType(
     }
 )
 _CR4_ALWAYS = 0x7FF  # VME to OSXMMEXCPT
-_EFER_ALWAYS = 1 << 0 | 1 << 13  # SCE, LMSLE
+_EFER_ALWAYS = 1 << 0  # SCE; KVM takes LMSLE only where guests have SVM
 _AMD_VENDORS = (b"AuthenticAMD", b"HygonGenuine")
 _X2APIC: _Feature = (0x1, 0, "ecx", 21)
 _XSAVES: _Feature = (0xD, 1, "eax", 3)

@@ -137,6 +137,16 @@ def test_supported_cpuid_8000001f_keeps_only_the_c_bit_of_ebx(name: str) -> None
     assert not kvm.eax & ~hardware[0]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_supported_cpuid_has_no_svm_as_with_nested_0(name: str) -> None:
+    """cpuid.c: __do_cpuid_func(), 0x8000000A, where KVM hasn't set X86_FEATURE_SVM."""
+    model = cpu_model(name)
+    assert not leaf(model, 0x80000001).ecx & 1 << 2
+    svm = leaf(model, 0x8000000A)
+    assert (svm.eax, svm.ebx, svm.ecx, svm.edx) == (0, 0, 0, 0)
+    assert model.table[0x80000001, 0][2] & 1 << 2
+
+
 def test_supported_cpuid_80000008_has_the_bare_cpus_address_width() -> None:
     # cpuid.c, __do_cpuid_func: with TDP the raw width, and GuestPhysAddrSize in bits 23:16.
     assert leaf(MILAN, 0x80000008).eax == 0x303030

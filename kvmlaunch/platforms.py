@@ -42,12 +42,13 @@ def open_platform(
     if name not in ("auto", "kvm", "sim"):
         raise FormatError(f"no platform is named {name!r}; known are auto, kvm, sim")
     if name == "kvm":
-        return Choice(RealPlatform(), "platform kvm: this machine's kernel")
+        return _real(RealPlatform())
     why = "as asked"
     if name == "auto":
-        missing = _missing(RealPlatform(), confidential)
+        real = RealPlatform()
+        missing = _missing(real, confidential)
         if missing is None:
-            return Choice(RealPlatform(), "platform kvm: this machine's kernel")
+            return _real(real)
         why = f"since {missing}"
     # Only here: a real host needs none of it.
     from kvmlaunch.sim import SimPlatform
@@ -56,6 +57,11 @@ def open_platform(
     spec = parse_spec(profile)
     sim = SimPlatform(spec.kernel(), product=spec.product, seed=spec.seed, faults=faults)
     return Choice(sim, f"platform sim ({profile}): a simulated host, {why}")
+
+
+def _real(platform: RealPlatform) -> Choice:
+    # Under `kvmlaunch sim` even this machine's kernel is simulated.
+    return Choice(platform, f"platform kvm: {platform.profile or 'this machine'}'s kernel")
 
 
 def profile_for(plan: LaunchPlan, asked: str | None = None, *, certificates: bool = False) -> str:

@@ -37,11 +37,15 @@ class _StandIn(NamedTuple):
 
 
 class ClientFds(FdTable):
-    """Descriptor of a client -> the simulated kernel's file."""
+    """Descriptor of a client -> the simulated kernel's file.
 
-    def __init__(self, clients: Clients) -> None:
+    ``kernel`` is what /proc shows of a file beside its kind: what is simulated.
+    """
+
+    def __init__(self, clients: Clients, kernel: str) -> None:
         super().__init__()
         self._clients = clients
+        self._kernel = kernel
         self._by_inode: dict[int, _StandIn] = {}
         self._by_watch: dict[int, _StandIn] = {}
         self._opens: dict[int, int] = {}
@@ -126,7 +130,8 @@ class ClientFds(FdTable):
             memfd, mode = os.dup(file.vcpu.run_pages.fd), os.O_RDWR
         else:
             size = file.size if isinstance(file, GuestMemfd) else 0
-            memfd, mode = new_memfd(file.name, size), _IOCTL_ONLY
+            name = f"{file.name},{self._kernel}"
+            memfd, mode = new_memfd(name, size), _IOCTL_ONLY
         path = f"/proc/self/fd/{memfd}"
         with self._lock:
             watch = lib.kl_watch_add(self.watch, path.encode(), lib.KL_IN_OPEN | lib.KL_IN_CLOSE)

@@ -66,7 +66,7 @@ class Supervisor:
         variables = os.environ if env is None else env
         pid, listener = _spawn(command, variables, traced=table is not None)
         clients = Clients(listener)
-        fds = ClientFds(clients)
+        fds = ClientFds(clients, self._spec.kernel().name)
         platform = SimPlatform(
             self._spec.kernel(),
             product=self._spec.product,

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 from kvmlaunch.uapi._ext import lib
 from kvmlaunch.uapi.platform import Result, RunResult
 
-__all__ = ["RealPlatform"]
+__all__ = ["SIMULATED_KVM", "RealPlatform"]
+
+SIMULATED_KVM = "simulated:/dev/kvm,"
+"""How the file is named that stands in for /dev/kvm; the kernel's profile follows."""
 
 
 class RealPlatform:
     """System calls of this machine. The GIL is released during each."""
 
     name = "kvm"
-    profile = ""
+
+    @functools.cached_property
+    def profile(self) -> str:
+        """``simulated 6.12`` where /dev/kvm is that of ``kvmlaunch sim``, else empty."""
+        try:
+            fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return ""
+        try:
+            _, is_simulated, kernel = os.readlink(f"/proc/self/fd/{fd}").partition(SIMULATED_KVM)
+        finally:
+            os.close(fd)
+        return f"simulated {kernel.split()[0]}" if is_simulated else ""
 
     def __repr__(self) -> str:
         return "RealPlatform()"

@@ -26,7 +26,7 @@ from tests.benchmarks.timing import table
 NAMES = (
     *("command_start", "first_exit", "one_ioctl", "measured_page", "page_hashing"),
     *("whole_measure", "igvm_file", "explaining", "page_log", "softcpu"),
-    "simulated_run",
+    *("simulated_run", "supervised"),
 )
 
 

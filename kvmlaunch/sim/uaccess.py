@@ -75,6 +75,9 @@ class UserSpace(Protocol):
         No guest code may run meanwhile. True if user space had changed any.
         """
 
+    def wants_sync(self, *, idle: bool) -> bool:
+        """Whether it is time for `sync` while a guest runs, or (``idle``) waits."""
+
     @property
     def caller(self) -> Caller:
         """The thread that issues the call."""
@@ -138,6 +141,10 @@ class OwnProcess:
 
     def sync(self) -> bool:
         """Pinned pages are user space's own."""
+        return False
+
+    def wants_sync(self, *, idle: bool) -> bool:
+        """Never."""
         return False
 
     @property

@@ -142,6 +142,9 @@ class VcpuRun:
         """vcpu_run()."""
         vcpu, vm = self.vcpu, self.vcpu.vm
         while True:
+            if vm.host.user.wants_sync(idle=vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE):
+                with vm.host.gate.stopped(), vm.host.lock:
+                    vm.sync_user_memory()
             ticks = vm.scheduler.turn(vcpu.seat)
             if ticks is None:
                 vcpu.run.exit_reason = lib.KVM_EXIT_INTR

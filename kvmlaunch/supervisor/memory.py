@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,9 @@ from kvmlaunch.uapi import address_of, ffi, lib
 __all__ = ["ClientMemory", "new_memfd"]
 
 _CHUNK_PAGES = 512
+_MERGE_SECONDS = 0.005
+_REST = 9
+"""How long a running guest is left alone after a merge, as a multiple of what that took."""
 
 
 class ClientMemory:
@@ -47,6 +51,7 @@ class ClientMemory:
         """Copy from the client, or from the copies that its guest works on."""
         if not size:
             return b""
+        self._sync_range(address, size)
         pieces = [
             self._clients.call.read(at, count) if here is None else _read_here(here, count)
             for at, here, count in self._pieces(address, size)
@@ -54,8 +59,9 @@ class ClientMemory:
         return b"".join(pieces)
 
     def write(self, address: int, data: bytes) -> None:
-        """Copy to the client, or to the copies that its guest works on."""
+        """Copy to the client, and to the copies that its guest works on."""
         done = 0
+        self._sync_range(address, len(data))
         for at, here, count in self._pieces(address, len(data)):
             part = data[done : done + count]
             if here is None:
@@ -63,6 +69,7 @@ class ClientMemory:
             else:
                 ffi.memmove(ffi.cast("char *", here), part, count)
             done += count
+        self._sync_range(address, len(data))
 
     def pin(self, address: int) -> int:
         """Where the copy of a page is."""
@@ -86,6 +93,18 @@ class ClientMemory:
         with self._lock:
             copies = self._copies.get(self.mm)
             return copies is not None and copies.merge(self.caller.tid, self._pages)
+
+    def wants_sync(self, *, idle: bool) -> bool:
+        """Whether a guest that runs on should be stopped for it; ``idle``: it waits, anyway."""
+        copies = self._copies.get(self.mm)
+        return copies is not None and (idle or time.monotonic() >= copies.next_merge)
+
+    def _sync_range(self, address: int, size: int) -> None:
+        """The same for the copies of a range. Raises OSError(EFAULT) where there is none now."""
+        with self._lock:
+            copies = self._copies.get(self.mm)
+            if copies is not None and not copies.merge_range(self.caller.tid, address, size):
+                refuse(errno.EFAULT)
 
     def forget_signals(self) -> None:
         """A signal that came before the call has been handled by now."""
@@ -150,6 +169,8 @@ class _Copies:
     def __init__(self) -> None:
         self._at: dict[int, int] = {}
         self._table: Any = ffi.new("struct kl_copy[]", 8)
+        self._changed = False
+        self.next_merge = 0.0
 
     def __len__(self) -> int:
         return len(self._at)
@@ -172,13 +193,28 @@ class _Copies:
         return int(copy.here)
 
     def merge(self, tid: int, pages: _Pages) -> bool:
-        count = len(self._at)
+        count, start = len(self._at), time.monotonic()
         merged = lib.kl_merge(tid, self._table, count)
+        now = time.monotonic()
+        self.next_merge = now + max(_MERGE_SECONDS, _REST * (now - start))
+        changed, self._changed = self._changed, False
         if merged.lost:
             for at in reversed(range(count)):
                 if self._table[at].lost:
                     self._remove(at, pages)
-        return bool(merged.changed or merged.lost)
+        return bool(merged.changed or merged.lost or changed)
+
+    def merge_range(self, tid: int, address: int, size: int) -> bool:
+        """Those of a range. False where one was lost; a CPU may use it until all are merged."""
+        for page in range(address & -PAGE_SIZE, address + size, PAGE_SIZE):
+            at = self._at.get(page)
+            if at is not None:
+                merged = lib.kl_merge(tid, self._table + at, 1)
+                self._changed |= bool(merged.changed)
+                if merged.lost:
+                    self._table[at].lost = 0
+                    return False
+        return True
 
     def drop(self, pages: _Pages) -> None:
         for at in reversed(range(len(self._at))):

@@ -1,0 +1,105 @@
+"""Guest RAM of a client, which guests of the simulated host use as copies."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmlaunch.uapi import address_of, ffi, lib
+from tests.supervisor.rig import WELL, Ran
+
+Client = Callable[..., Ran]
+
+PAGE = 4096
+BATCH = 64
+"""How many pages kl_merge() reads at once."""
+
+edits = st.dictionaries(st.integers(0, 2 * PAGE - 1), st.integers(0, 255), max_size=40)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "in-turns",  # what either side wrote between two KVM_RUNs, code as well
+        "structs",  # arguments of ioctls in pages that the guest uses
+        "meanwhile",  # written while the guest waits for it
+        "watched",  # written by the guest before it exits
+        "unmapped",  # taken away while the guest is at it
+        "read-only",  # the guest can't write where its client can't
+        "two",  # two vCPUs, two threads, one page
+        "busy",  # a vCPU does one thing at a time, the VM goes on
+        "closed",  # the descriptors go while the guest runs
+        "scribbled",  # struct kvm_run is written over all the time
+    ],
+)
+def test_guest_and_client_share_memory_when_the_guest_runs(client: Client, what: str) -> None:
+    assert client("running", what) == WELL
+
+
+class Sides:
+    """Pages as a client has them, the copies, and what both were before."""
+
+    def __init__(self, count: int) -> None:
+        self.there, self.here, self.base = (mmap.mmap(-1, count * PAGE) for _ in range(3))
+        self.table = ffi.new("struct kl_copy[]", count)
+        for page, copy in enumerate(self.table):
+            copy.there, copy.here, copy.base = (
+                address_of(ffi.from_buffer(side)) + page * PAGE
+                for side in (self.there, self.here, self.base)
+            )
+
+    def merge(self) -> Any:
+        return lib.kl_merge(os.getpid(), self.table, len(self.table))
+
+
+def changed(before: bytes, edits: dict[int, int]) -> bytes:
+    after = bytearray(before)
+    for at, value in edits.items():
+        after[at] = value
+    return bytes(after)
+
+
+@given(st.binary(min_size=64, max_size=64), edits, edits)
+def test_both_sides_get_each_others_bytes_when_they_are_merged(
+    pattern: bytes, theirs: dict[int, int], ours: dict[int, int]
+) -> None:
+    before = pattern * (2 * PAGE // len(pattern))
+    there, here = changed(before, theirs), changed(before, ours)
+    sides = Sides(2)
+    sides.there[:], sides.here[:], sides.base[:] = there, here, before
+    merged = sides.merge()
+    # A byte that the guest changed is the guest's, all others are the client's.
+    expected = bytes(g if g != b else c for c, g, b in zip(there, here, before, strict=True))
+    assert sides.there[:] == sides.here[:] == sides.base[:] == expected
+    pages = {at // PAGE for at, value in theirs.items() if before[at] != value}
+    assert (merged.changed, merged.lost) == (len(pages), 0)
+
+
+def test_pages_are_lost_alone_when_they_are_gone() -> None:
+    count, gone = 2 * BATCH + 3, {0, 5, BATCH - 1, BATCH, 2 * BATCH + 2}
+    sides = Sides(count)
+    for page in range(count):
+        sides.there[page * PAGE] = sides.here[page * PAGE + 1] = 1 + page % 255
+        if page in gone:
+            sides.table[page].there = 0xFFFF888000000000  # the kernel's
+    merged = sides.merge()
+    assert {page for page in range(count) if sides.table[page].lost} == gone
+    assert (merged.changed, merged.lost) == (count - len(gone), len(gone))
+    for page in range(count):
+        first = 0 if page in gone else 1 + page % 255
+        assert sides.here[page * PAGE : page * PAGE + 2] == bytes((first, 1 + page % 255))
+
+
+def test_pages_are_lost_when_they_cannot_be_written() -> None:
+    sides = Sides(1)
+    sides.here[8] = 1
+    read_only = mmap.mmap(-1, PAGE, prot=mmap.PROT_READ)
+    sides.table[0].there = address_of(ffi.from_buffer(read_only))
+    merged = sides.merge()
+    assert (merged.lost, sides.table[0].lost) == (1, 1)

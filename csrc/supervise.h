@@ -42,9 +42,11 @@ struct kl_cpuid {
 
 /*
  * Wait for the end of a child or traced thread: ret is its id. CPUID instructions of traced
- * ones are answered meanwhile.
+ * ones are answered meanwhile. Or for a signal of the mask (bit N-1 is signal N), which the
+ * caller blocks, as it does SIGCHLD: ret is 0 then.
  */
-struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, int *status);
+struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, uint64_t mask, int *status,
+			 int *signal);
 
 #define KL_NR_ioctl SYS_ioctl
 #define KL_NR_mmap SYS_mmap

@@ -143,13 +143,28 @@ static void go_on(const struct kl_cpuid *table, uint32_t count, int tid, int sta
 	ptrace(PTRACE_CONT, tid, 0, signal);
 }
 
-struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, int *status)
+struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, uint64_t mask, int *status,
+			 int *signal)
 {
-	for (;;) {
-		int tid = waitpid(-1, status, __WALL);
+	sigset_t set;
 
-		if (tid < 0 || !WIFSTOPPED(*status))
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	for (int number = 1; number <= 64; number++) {
+		if (mask >> (number - 1) & 1)
+			sigaddset(&set, number);
+	}
+	for (;;) {
+		int tid = waitpid(-1, status, __WALL | WNOHANG);
+
+		if (tid > 0 && WIFSTOPPED(*status)) {
+			go_on(table, count, tid, *status);
+			continue;
+		}
+		if (tid)
 			return result(tid);
-		go_on(table, count, tid, *status);
+		*signal = sigwaitinfo(&set, NULL);
+		if (*signal != SIGCHLD)
+			return result(*signal < 0 ? -1 : 0);
 	}
 }

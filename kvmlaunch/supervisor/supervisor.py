@@ -8,9 +8,8 @@ import platform as machine
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kvmlaunch.errors import FormatError, KvmLaunchError, MissingCapability
@@ -61,10 +60,13 @@ class Supervisor:
         Raises KvmLaunchError where the program can't be started or watched, and at the end
         where a call could not be answered for a reason that no kernel has.
         """
+        with _blocked(signal.SIGCHLD, *_FROM_TERMINAL, *_FORWARDED):
+            return self._run(command, os.environ if env is None else env)
+
+    def _run(self, command: Sequence[str], env: Mapping[str, str]) -> int:
         cpu = cpu_model(self._spec.product)
         table = cpuid_table(cpu) if differs(cpu) and lib.kl_can_trap_cpuid() else None
-        variables = os.environ if env is None else env
-        pid, listener = _spawn(command, variables, traced=table is not None)
+        pid, listener = _spawn(command, env, traced=table is not None)
         clients = Clients(listener)
         fds = ClientFds(clients, self._spec.kernel().name)
         platform = SimPlatform(
@@ -107,7 +109,8 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], *, traced: bool) -> t
     """Start ``command``: its process id, and the listener that its calls come from."""
     file = shutil.which(command[0], path=env.get("PATH", os.defpath))
     if file is None:
-        raise FormatError(f"{command[0]}: no such program")
+        why = "it may not be executed" if os.path.exists(command[0]) else "no such program"
+        raise FormatError(f"{command[0]}: {why}")
     arguments = [ffi.new("char[]", os.fsencode(word)) for word in command]
     variables = [ffi.new("char[]", os.fsencode(f"{name}={env[name]}")) for name in env]
     spawned = lib.kl_spawn(
@@ -119,6 +122,8 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], *, traced: bool) -> t
     if not spawned.stage:
         return spawned.pid, spawned.listener
     why = os.strerror(spawned.err)
+    if spawned.stage == lib.KL_SPAWN_FILTER and spawned.err == errno.EBUSY:
+        raise KvmLaunchError("this is a supervised program already, which can have no supervisor")
     if spawned.stage == lib.KL_SPAWN_FILTER:
         raise MissingCapability(
             f"seccomp user notification as of Linux 5.19 (seccomp: {why})", "kvmlaunch sim"
@@ -145,25 +150,29 @@ def _wait(pid: int, cpuid: Any) -> int:
     ``cpuid``: what CPUID instructions give, None where they aren't trapped.
     """
     code: int | None = None
-    status = ffi.new("int *")
+    status, number = ffi.new("int *"), ffi.new("int *")
+    mask = sum(1 << taken - 1 for taken in (*_FROM_TERMINAL, *_FORWARDED))
     table, count = (ffi.NULL, 0) if cpuid is None else (cpuid, len(cpuid))
+    while True:
+        ended = lib.kl_wait(table, count, mask, status, number)
+        if ended.ret == pid:
+            code = os.waitstatus_to_exitcode(status[0])
+        elif not ended.ret and number[0] in _FORWARDED:  # the terminal tells the program itself
+            for target in [pid] if code is None else _children():
+                with suppress(ProcessLookupError):
+                    os.kill(target, number[0])
+        elif ended.ret < 0 and ended.err != errno.EINTR:
+            assert code is not None
+            return code if code >= 0 else 128 - code
 
-    def forward(number: int, _frame: FrameType | None) -> None:
-        for target in [pid] if code is None else _children():
-            with suppress(ProcessLookupError):
-                os.kill(target, number)
 
-    # The terminal tells the program itself.
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _FROM_TERMINAL}
-    handlers |= {number: signal.signal(number, forward) for number in _FORWARDED}
+@contextmanager
+def _blocked(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals that are waited for: none comes between two waits, or to another thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
-        while True:
-            ended = lib.kl_wait(table, count, status)
-            if ended.ret == pid:
-                code = os.waitstatus_to_exitcode(status[0])
-            elif ended.ret < 0 and ended.err != errno.EINTR:
-                assert code is not None
-                return code if code >= 0 else 128 - code
+        yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        while signal.sigtimedwait(numbers, 0):  # those that came at the very end
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,248 @@
+"""How a program starts and ends on the simulated host, and who hears of it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.supervisor.rig import SECONDS, WELL, Ran, require_supervision, sim, words
+
+Client = Callable[..., Ran]
+
+pytestmark = pytest.mark.usefixtures("_supervision")
+
+
+@pytest.fixture
+def _supervision() -> None:
+    require_supervision()
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a supervised program that says "ready" when it is."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*program: object) -> subprocess.Popen[str]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        running.append(subprocess.Popen(words(*program), text=True, **pipes))  # type: ignore[call-overload]
+        assert running[-1].stdout is not None
+        assert running[-1].stdout.readline() == "ready\n"
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("code", [0, 1, 77, 255])
+def test_the_exit_code_is_passed_on_when_a_program_ends(code: int) -> None:
+    assert sim("sh", "-c", f"exit {code}") == Ran(code)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_the_exit_code_tells_the_signal_when_one_ends_a_program(number: signal.Signals) -> None:
+    assert sim("sh", "-c", f"kill -{number.value} $$") == Ran(128 + number)
+
+
+def test_streams_are_the_programs_when_it_reads_and_writes() -> None:
+    ran = sim("sh", "-c", "cat; echo to stderr >&2; ls /proc/self/fd | wc -l", input="given\n")
+    # 0, 1, 2, and the folder that is listed: nothing of the supervisor's.
+    assert ran == Ran(0, "given\n4\n", "to stderr\n")
+
+
+def test_the_environment_is_the_callers_when_a_program_starts() -> None:
+    ran = sim("sh", "-c", "echo $SOME; trap", env={**os.environ, "SOME": "thing"})
+    assert ran == Ran(0, "thing\n")
+
+
+def test_signals_are_as_they_come_when_a_program_starts() -> None:
+    ran = sim("grep", "-E", "^Sig(Blk|Ign)|^Shd", "/proc/self/status")
+    assert {int(line.split()[1], 16) for line in ran.out.splitlines()} == {0}
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence", "code"),
+    [
+        ("/nowhere/program", "/nowhere/program: no such program", 2),
+        ("nowhere-at-all", "nowhere-at-all: no such program", 2),
+        ("{folder}/plain", "{folder}/plain: it may not be executed", 2),
+        ("{folder}/garbage", "{folder}/garbage can't be started: Exec format error", 1),
+    ],
+)
+def test_one_sentence_says_it_when_a_program_cannot_start(
+    tmp_path: Path, program: str, sentence: str, code: int
+) -> None:
+    (tmp_path / "plain").write_text("#!/bin/sh\n")
+    (tmp_path / "garbage").write_text("nothing\n")
+    (tmp_path / "garbage").chmod(0o700)
+    program, sentence = program.format(folder=tmp_path), sentence.format(folder=tmp_path)
+    assert sim(program) == Ran(code, "", f"kvmlaunch: {sentence}\n")
+
+
+@pytest.mark.parametrize(
+    "options", [("--sim", "5.0"), ("--sim", "6.12,x=1"), ("--fault", "nonsense")]
+)
+def test_nothing_is_started_when_options_are_bad(options: tuple[str, ...]) -> None:
+    ran = sim("echo", "started", options=options)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith("kvmlaunch: ")
+
+
+def test_one_sentence_says_it_when_the_program_is_supervised_already() -> None:
+    ran = sim(*words("true"))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
+    assert "already" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_processes_are_waited_for_when_a_program_leaves_them_behind(clients: Path) -> None:
+    with subprocess.Popen(
+        words(clients / "processes", "leaves"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.7)
+        # It still has a simulated host, and the exit code is that of the program itself.
+        assert process.communicate(timeout=SECONDS) == ("left\n", None)
+        assert process.returncode == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_forwarded_when_the_supervisor_gets_them(
+    clients: Path, started: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    process = started(clients / "processes", "waits")
+    process.send_signal(number)
+    assert process.communicate(timeout=SECONDS) == (f"{number.value}\n", "")
+    assert process.returncode == 5
+
+
+def test_signals_are_forwarded_when_only_what_was_left_behind_is_there(
+    clients: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = started(clients / "processes", "waits", "as-a-child")
+    supervisor = psutil.Process(process.pid)
+    wait_until(lambda: all(child.ppid() == process.pid for child in supervisor.children(True)))
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=SECONDS) == (f"{signal.SIGTERM.value}\n", "")
+    assert process.returncode == 0
+
+
+def test_ctrl_c_is_the_programs_when_it_comes_from_the_terminal(clients: Path) -> None:
+    pid, terminal = pty.fork()
+    if not pid:
+        command = words(clients / "processes", "waits")
+        os.execv(command[0], command)
+    seen = b""
+    while b"ready" not in seen:
+        seen += os.read(terminal, 100)
+    os.write(terminal, b"\x03")
+    while select.select([terminal], [], [], SECONDS)[0]:
+        try:
+            seen += os.read(terminal, 100)
+        except OSError:  # everybody has closed it
+            break
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    assert seen.replace(b"^C", b"").split() == [b"ready", str(signal.SIGINT.value).encode()]
+
+
+def test_programs_end_when_their_supervisor_is_killed(
+    clients: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = started(clients / "processes", "loops")
+    (program,) = psutil.Process(process.pid).children()
+    process.kill()
+    wait_until(lambda: is_gone(program.pid))
+
+
+def test_the_supervisor_ends_when_its_program_is_killed(
+    clients: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = started(clients / "processes", "loops")
+    (program,) = psutil.Process(process.pid).children()
+    program.kill()
+    assert process.communicate(timeout=SECONDS) == ("", "")
+    assert process.returncode == 128 + signal.SIGKILL
+
+
+LEFT = """
+import os, sys, threading
+from kvmlaunch.sim.spec import parse_spec
+from kvmlaunch.supervisor import Supervisor
+
+def mine():
+    return sorted(os.listdir("/proc/self/fd")), threading.active_count()
+
+def run():
+    return Supervisor(parse_spec("6.12")).run(sys.argv[1:])
+
+assert run() == 0
+before = mine()
+assert run() == 0
+assert mine() == before, (before, mine())
+assert not [link for link in os.listdir("/proc/self/map_files")
+            if "simulated" in os.readlink(f"/proc/self/map_files/{link}")]
+"""
+
+
+def test_nothing_is_left_when_a_program_ends_with_all_its_files_open(clients: Path) -> None:
+    command = [sys.executable, "-c", LEFT, clients / "running", "two"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == WELL
+
+
+BUG = """
+import sys
+from kvmlaunch.cli import main
+from kvmlaunch.sim.system import KvmDevice
+
+def wrong(self, request, arg):
+    raise ValueError("it is wrong")
+
+KvmDevice.ioctl = wrong
+sys.exit(main(sys.argv[1:]))
+"""
+ASKS = """
+import fcntl
+kvm = open("/dev/kvm")
+try:
+    fcntl.ioctl(kvm, 0xAE00, 0)
+except OSError as error:
+    print(error.errno)
+print("goes on")
+"""
+
+
+def test_the_end_tells_of_it_when_the_simulated_host_has_a_bug() -> None:
+    arguments = words(sys.executable, "-c", ASKS)[3:]
+    command = [sys.executable, "-c", BUG, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout) == (1, "5\ngoes on\n")  # EIO
+    sentence = r"kvmlaunch: a bug of the simulated host: ValueError: it is wrong \(.*:\d+\)\n"
+    assert re.fullmatch(sentence, done.stderr)

@@ -344,6 +344,11 @@ static int ends_with(const char *path, const char *name)
 	return length >= wanted && !strcmp(path + length - wanted, name);
 }
 
+static int starts_with(const char *path, const char *name)
+{
+	return !strncmp(path, name, strlen(name));
+}
+
 /* As what is in /proc/PID/fd. */
 static int ends_with_number(const char *path)
 {
@@ -376,7 +381,7 @@ static int is_of_interest(const struct kl_trap *trap, struct kl_call *call)
 		return call->inode != 0 && call->inode != UINT64_MAX;
 	}
 	return ends_with(call->path, "kvm") || ends_with(call->path, "sev") ||
-	       ends_with_number(call->path);
+	       ends_with_number(call->path) || starts_with(call->path, "/sys/module/kvm");
 }
 
 struct kl_result kl_next_call(const struct kl_trap *trap, struct kl_call *call)

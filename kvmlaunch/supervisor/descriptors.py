@@ -63,12 +63,16 @@ class ClientFds(FdTable):
 
     def install(self, file: File) -> int:
         """Give the caller a descriptor; its number there. Raises OSError."""
-        call = self._clients.call
         try:
             fd = self._stand_in(file)
         except OSError:
             file.release()
             raise
+        return self._give(fd)
+
+    def _give(self, fd: int) -> int:
+        """Give the caller a descriptor of ours, which is closed here."""
+        call = self._clients.call
         try:
             result = lib.kl_give_fd(self._clients.listener, call.id, fd, call.cloexec)
         finally:
@@ -76,6 +80,16 @@ class ClientFds(FdTable):
         if result.ret < 0:
             refuse(result.err)
         return int(result.ret)
+
+    def give_text(self, content: str) -> int:
+        """Give the caller a file to read. Raises OSError."""
+        memfd = new_memfd("parameter", len(content))
+        try:
+            os.pwrite(memfd, content.encode("ascii"), 0)
+            fd = os.open(f"/proc/self/fd/{memfd}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(memfd)
+        return self._give(fd)
 
     def get(self, fd: int) -> File:
         """The file behind a descriptor of the caller; EBADF."""

@@ -21,6 +21,7 @@ from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.sim.vcpu import VcpuFile
 from kvmlaunch.supervisor.clients import Call, Clients
 from kvmlaunch.supervisor.descriptors import ClientFds
+from kvmlaunch.supervisor.modules import parameter
 from kvmlaunch.supervisor.paths import descriptor_path, device_path
 from kvmlaunch.uapi import Platform, Recorder, Result, ffi, lib
 
@@ -178,11 +179,17 @@ class Desk:
 
     def _by_path(self, call: Call) -> Result | None:
         path = device_path(call)
+        content = parameter(call.path)
+        if content == "":
+            return Result(-1, errno.ENOENT)
         if call.nr in _ACCESS_CALLS:
-            return None if path is None else _access(call)
+            return None if path is None and content is None else _access(call)
         flags = _open_flags(call)
         if flags & os.O_PATH:
             return None
+        call.cloexec = bool(flags & os.O_CLOEXEC)
+        if content is not None:
+            return self._parameter_file(content, flags)
         if path is None:
             file = self._reopened(call)
             if file is None:
@@ -194,8 +201,12 @@ class Desk:
             return Result(-1, errno.ENOTDIR)
         if flags & os.O_CREAT and flags & os.O_EXCL:
             return Result(-1, errno.EEXIST)
-        call.cloexec = bool(flags & os.O_CLOEXEC)
         return self._platform.open(path, flags)
+
+    def _parameter_file(self, content: str, flags: int) -> Result:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            return Result(-1, errno.EACCES)
+        return Result(self._fds.give_text(content), 0)
 
     def _reopened(self, call: Call) -> File | None:
         """The simulated file that is opened by way of a descriptor."""

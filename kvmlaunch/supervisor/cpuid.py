@@ -17,7 +17,7 @@ _ALL = (0xFFFFFFFF,) * 4
 _VENDOR = (0, *_ALL[1:])
 _EAX = (0xFFFFFFFF, 0, 0, 0)
 _SIZES = (0xFFFFFFFF, 0, 0xFFFFFFFF, 0)
-_SEV = 0x8000001F
+_XSAVE, _SEV = 0xD, 0x8000001F
 _FIRST_EXTENDED = 0x80000000
 # Intel's cache descriptions and AMD's are leaves of their own.
 _PARTS = {
@@ -64,9 +64,16 @@ def masked_leaves(cpu: CpuModel, last_native: int) -> Iterator[Masked]:
             yield Masked(function, None, _ALL, cpu.hardware_cpuid(function) or _NOTHING)
 
 
+def _absent_components(cpu: CpuModel) -> Iterator[Masked]:
+    """XSAVE components that this machine lacks: a VMM takes their offsets for its guests."""
+    for function, index in cpu.table:
+        if function == _XSAVE and index > 1 and not any(_native(_XSAVE, index)):
+            yield Masked(_XSAVE, index, _ALL, cpu.table[function, index])
+
+
 def cpuid_table(cpu: CpuModel) -> Any:
     """``struct kl_cpuid[]`` for kl_wait()."""
-    leaves = list(masked_leaves(cpu, _native(_FIRST_EXTENDED)[0]))
+    leaves = [*masked_leaves(cpu, _native(_FIRST_EXTENDED)[0]), *_absent_components(cpu)]
     table = ffi.new("struct kl_cpuid[]", len(leaves))
     for entry, leaf in zip(table, leaves, strict=True):
         entry.function, entry.index = leaf.function, leaf.subleaf or 0
@@ -75,7 +82,7 @@ def cpuid_table(cpu: CpuModel) -> Any:
     return table
 
 
-def _native(function: int) -> tuple[int, ...]:
+def _native(function: int, index: int = 0) -> tuple[int, ...]:
     registers = ffi.new("uint32_t[4]")
-    lib.kl_native_cpuid(function, 0, registers)
+    lib.kl_native_cpuid(function, index, registers)
     return tuple(registers)

@@ -47,7 +47,7 @@ class Supervisor:
         on_call: Callable[[int, Call], object] | None = None,
     ) -> None:
         if machine.machine() != "x86_64":
-            raise MissingCapability("an x86-64 machine", f"this one is {machine.machine()}")
+            raise MissingCapability("an x86-64 CPU", "kvmlaunch sim")
         self._spec = spec
         self._faults = faults or Faults()
         self._log = log

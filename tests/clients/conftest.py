@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients import kernel_selftests as selftests
-from tests.clients import qemu
+from tests.clients import qemu as qemus
 from tests.clients.qemu import Command
 from tests.debian import Unavailable
 from tests.host import require
@@ -26,6 +26,15 @@ def kernel_selftests() -> Path:
 def qemu10() -> Command:
     """A QEMU that launches SNP guests."""
     try:
-        return qemu.qemu10()
+        return qemus.qemu10()
+    except Unavailable as error:
+        require("clients", str(error))
+
+
+@pytest.fixture(scope="session")
+def qemu() -> Command:
+    """Any QEMU, for plain machines."""
+    try:
+        return qemus.qemu()
     except Unavailable as error:
         require("clients", str(error))

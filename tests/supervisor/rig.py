@@ -35,15 +35,13 @@ def words(program: object, *arguments: object, options: tuple[str, ...] = ()) ->
 
 
 def sim(program: object, *arguments: object, options: tuple[str, ...] = (), **how: Any) -> Ran:
-    """Run it to its end; ``how`` is subprocess.run's."""
-    done = subprocess.run(
-        words(program, *arguments, options=options),
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        **how,
-    )
+    """Run ``program`` on the simulated host to its end; ``how`` is that of `run`."""
+    return run(words(program, *arguments, options=options), **how)
+
+
+def run(line: list[str], *, seconds: float = SECONDS, **how: Any) -> Ran:
+    """Run a command line to its end; ``how`` is subprocess.run's."""
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=seconds, **how)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 

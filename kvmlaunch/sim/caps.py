@@ -21,8 +21,16 @@ __all__ = [
     "vm_capability",
 ]
 
-VM_TYPES = 1 << lib.KVM_X86_DEFAULT_VM | 1 << lib.KVM_X86_SNP_VM
-"""Types of KVM_CREATE_VM. SEV and SEV-ES aren't simulated, so they aren't offered."""
+VM_TYPES = sum(
+    1 << vm_type
+    for vm_type in (
+        lib.KVM_X86_DEFAULT_VM,
+        lib.KVM_X86_SEV_VM,
+        lib.KVM_X86_SEV_ES_VM,
+        lib.KVM_X86_SNP_VM,
+    )
+)
+"""Types of KVM_CREATE_VM. Of SEV and SEV-ES guests only what comes before their launch works."""
 
 VCPU_MMAP_SIZE = 3 * 4096
 """kvm_run, the PIO data page and the coalesced MMIO ring."""
@@ -110,9 +118,9 @@ def vm_capability(vm: Vm, cap: int) -> int:
     if cap == lib.KVM_CAP_SYNC_REGS:
         return vm.sync_regs
     if cap == lib.KVM_CAP_READONLY_MEM:
-        return int(not vm.is_snp_type)
+        return int(not vm.has_protected_state)
     if cap == lib.KVM_CAP_X86_SMM:
-        return int(not vm.sev.active)
+        return int(not vm.sev.es_active)
     if cap == lib.KVM_CAP_MEMORY_ATTRIBUTES:
         return vm.memory_attributes
     if cap == lib.KVM_CAP_GUEST_MEMFD:

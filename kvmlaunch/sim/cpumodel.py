@@ -82,8 +82,13 @@ class CpuModel:
 
     @property
     def max_snp_asid(self) -> int:
-        """Highest ASID of SNP guests; the lowest is 1."""
+        """Highest ASID of SEV-ES and SNP guests, the lowest is 1; SEV guests have those above."""
         return self.table[_SME, 0][3] - 1
+
+    @property
+    def max_asid(self) -> int:
+        """Highest ASID."""
+        return self.table[_SME, 0][2]
 
     def hardware_cpuid(self, function: int, index: int = 0) -> Registers | None:
         """Return EAX, EBX, ECX, EDX as the bare CPU answers; None for a leaf it lacks.

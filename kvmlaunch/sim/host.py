@@ -30,35 +30,42 @@ MachineMaker: TypeAlias = Callable[[GuestMemory, CpuOptions], Machine]
 
 
 class AsidPool:
-    """ASIDs for SNP guests: 1 to ``last`` (sev.c: sev_asid_new, sev_asid_free).
+    """ASIDs of encrypted guests (sev.c: sev_asid_new, sev_asid_free).
 
-    A freed ASID may be used again only after a flush, and KVM flushes only when it has
-    run out: so the numbers go up until then.
+    Those up to ``last_es`` are for SEV-ES and SNP, from there to ``last`` for SEV. A freed one
+    may be used again only after a flush, and KVM flushes only when it has run out: so the
+    numbers go up until then.
     """
 
-    def __init__(self, last: int, flush: Callable[[], object]) -> None:
-        self._last = last
+    def __init__(self, last_es: int, last: int, flush: Callable[[], object]) -> None:
+        self._for_es = range(1, last_es + 1)
+        self._for_sev = range(last_es + 1, last + 1)
         self._flush = flush
         self._used: set[int] = set()
         self._reclaim: set[int] = set()
 
-    def take(self) -> int:
+    def take(self, *, es: bool) -> int:
         """The lowest free ASID. ENOTTY where the host has none, EBUSY where all are taken."""
-        if self._last < 1:
+        asids = self._for_es if es else self._for_sev
+        if not asids:
             refuse(errno.ENOTTY)
-        if len(self._used) == self._last and self._reclaim:
+        free = self._free(asids)
+        if free is None and not self._reclaim.isdisjoint(asids):
             self._flush()
             self._used -= self._reclaim
             self._reclaim.clear()
-        if len(self._used) == self._last:
+            free = self._free(asids)
+        if free is None:
             refuse(errno.EBUSY)
-        asid = next(n for n in range(1, self._last + 1) if n not in self._used)
-        self._used.add(asid)
-        return asid
+        self._used.add(free)
+        return free
 
     def give_back(self, asid: int) -> None:
         """Free an ASID."""
         self._reclaim.add(asid)
+
+    def _free(self, asids: range) -> int | None:
+        return next((asid for asid in asids if asid not in self._used), None)
 
 
 class Host:
@@ -102,7 +109,7 @@ class Host:
         )
         self.processor.init()
         self.psp = Psp(self.processor, self.memory, faults)
-        self.asids = AsidPool(self.cpu.max_snp_asid, self.processor.df_flush)
+        self.asids = AsidPool(self.cpu.max_snp_asid, self.cpu.max_asid, self.processor.df_flush)
 
     def memory_changed(self, *, code: bool) -> None:
         """What CPUs know of memory doesn't hold any more; with ``code``, nor does its content."""

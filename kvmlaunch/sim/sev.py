@@ -1,4 +1,7 @@
-"""KVM_MEMORY_ENCRYPT_OP: its entry, INIT2 and SNP_LAUNCH_START (arch/x86/kvm/svm/sev.c)."""
+"""KVM_MEMORY_ENCRYPT_OP: its entry, INIT2 and SNP_LAUNCH_START (arch/x86/kvm/svm/sev.c).
+
+SEV and SEV-ES guests can be initialised; nothing is behind their launch and migration (ENOSYS).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SevVm", "encrypt_op", "register_region", "unregister_region"]
 
-_SNP_ACTIVE = 1 << 0
-_GHCB_VERSION_MAX = 2
+_SNP_ACTIVE, _SECURE_TSC = 1 << 0, 1 << 9
+_GHCB_VERSION_MIN, _GHCB_VERSION_MAX = 1, 2
 _POLICY_SMT, _POLICY_MBO, _POLICY_SINGLE_SOCKET = 1 << 16, 1 << 17, 1 << 20
 
 # Ids that no kernel has a handler for (sev_mem_enc_ioctl()).
@@ -35,8 +38,8 @@ class SevVm:
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
-        self.need_init = vm.is_snp_type
-        self.active = False
+        self.need_init = vm.type != lib.KVM_X86_DEFAULT_VM
+        self.active = self.es_active = False
         self.features = 0
         self.ghcb_version = 0
         self.asid = 0
@@ -148,6 +151,8 @@ def _handler(vm: Vm, command: int) -> _CommandHandler | None:
         return _enable_req_certs
     if command in (lib.KVM_SEV_INIT, lib.KVM_SEV_ES_INIT):
         return _legacy_init
+    if command == lib.KVM_SEV_LAUNCH_UPDATE_VMSA:
+        return _legacy_update_vmsa
     if command == lib.KVM_SEV_RECEIVE_UPDATE_DATA:
         return _legacy_receive_update_data
     if command <= lib.KVM_SEV_SEND_CANCEL and command not in _LEGACY_UNKNOWN:
@@ -161,36 +166,61 @@ def _handler(vm: Vm, command: int) -> _CommandHandler | None:
 
 
 def _legacy_init(vm: Vm, command: Any) -> None:
-    """SEV and SEV-ES: not for this type; on a plain VM this host has no ASIDs for them."""
-    refuse(errno.EINVAL if vm.is_snp_type else errno.ENOTTY)
+    """sev_guest_init(): a plain VM becomes an SEV or SEV-ES guest."""
+    if vm.type != lib.KVM_X86_DEFAULT_VM:
+        refuse(errno.EINVAL)
+    init = ffi.new("struct kvm_sev_init *")
+    if command.id == lib.KVM_SEV_INIT:
+        _initialize(vm, init, lib.KVM_X86_SEV_VM)
+    else:
+        init.ghcb_version = _GHCB_VERSION_MIN
+        _initialize(vm, init, lib.KVM_X86_SEV_ES_VM)
 
 
 def _legacy(vm: Vm, command: Any) -> None:
-    """Commands of SEV guests, which nobody is here."""
-    refuse(errno.ENOTTY)
+    """Commands of SEV guests, whose launch and migration isn't simulated."""
+    refuse(errno.ENOSYS if vm.sev.active else errno.ENOTTY)
+
+
+def _legacy_update_vmsa(vm: Vm, command: Any) -> None:
+    """The same, for SEV-ES alone."""
+    refuse(errno.ENOSYS if vm.sev.es_active else errno.ENOTTY)
 
 
 def _legacy_receive_update_data(vm: Vm, command: Any) -> None:
     """The same, with an errno of its own."""
-    refuse(errno.EINVAL)
+    refuse(errno.ENOSYS if vm.sev.active else errno.EINVAL)
 
 
 def _init2(vm: Vm, command: Any) -> None:
-    sev, profile = vm.sev, vm.host.profile
-    if not sev.need_init or not vm.is_snp_type:
+    if not vm.sev.need_init:
         refuse(errno.EINVAL)
     init = copy_in(vm.host.user, "kvm_sev_init", command.data)
-    if vm.vcpus or init.flags or init.vmsa_features & ~profile.vmsa_features:
+    _initialize(vm, init, vm.type)
+
+
+def _initialize(vm: Vm, init: Any, vm_type: int) -> None:
+    """__sev_guest_init()."""
+    sev, profile = vm.sev, vm.host.profile
+    es, snp = vm_type != lib.KVM_X86_SEV_VM, vm_type == lib.KVM_X86_SNP_VM
+    features = profile.vmsa_features if es else 0
+    if not snp:
+        features &= ~_SECURE_TSC
+    if vm.vcpus or init.flags or init.vmsa_features & ~features:
         refuse(errno.EINVAL)
-    if init.ghcb_version > _GHCB_VERSION_MAX:
+    if init.ghcb_version > _GHCB_VERSION_MAX or (init.ghcb_version and not es):
         refuse(errno.EINVAL)
-    if init.ghcb_version == 1 and not profile.init2_ghcb_v1:
+    if snp and init.ghcb_version == _GHCB_VERSION_MIN and not profile.init2_ghcb_v1:
         refuse(errno.EINVAL)
-    sev.asid = vm.host.asids.take()
-    sev.features = init.vmsa_features | profile.forced_vmsa_features | _SNP_ACTIVE
-    sev.ghcb_version = init.ghcb_version or _GHCB_VERSION_MAX
-    sev.requests = GuestRequests(sev)
-    sev.active, sev.need_init = True, False
+    if sev.active:
+        refuse(errno.EINVAL)
+    sev.asid = vm.host.asids.take(es=es)
+    sev.features = init.vmsa_features
+    sev.ghcb_version = init.ghcb_version or (_GHCB_VERSION_MAX if es else 0)
+    if snp:
+        sev.features |= profile.forced_vmsa_features | _SNP_ACTIVE
+        sev.requests = GuestRequests(sev)
+    sev.active, sev.es_active, sev.need_init = True, es, False
 
 
 def _launch_start(vm: Vm, command: Any) -> None:

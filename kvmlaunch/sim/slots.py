@@ -105,7 +105,7 @@ class Slots:
             known |= lib.KVM_MEM_GUEST_MEMFD
         if gmem:
             known &= ~lib.KVM_MEM_LOG_DIRTY_PAGES
-        if not self._vm.is_snp_type and not gmem:
+        if not self._vm.has_protected_state and not gmem:
             known |= lib.KVM_MEM_READONLY
         if flags & ~known:
             refuse(errno.EINVAL)

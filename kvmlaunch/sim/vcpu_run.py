@@ -119,6 +119,8 @@ class VcpuRun:
             refuse(errno.EINTR)
         if vm.sev.need_init:
             refuse(errno.EINVAL)
+        if vm.sev.active and not vm.sev.is_snp:
+            refuse(errno.ENOSYS)  # the memory of SEV and SEV-ES guests is not simulated
         run.exit_reason = lib.KVM_EXIT_UNKNOWN
         return True
 

@@ -75,6 +75,11 @@ class Vm:
         return bool(self.type == lib.KVM_X86_SNP_VM)
 
     @property
+    def has_protected_state(self) -> bool:
+        """Created so that its registers will be encrypted (kvm->arch.has_protected_state)."""
+        return self.type in (lib.KVM_X86_SEV_ES_VM, lib.KVM_X86_SNP_VM)
+
+    @property
     def address_spaces(self) -> int:
         """Memory slot address spaces: the second one is SMM's."""
         return 1 if self.is_snp_type else 2
@@ -82,7 +87,9 @@ class Vm:
     @property
     def sync_regs(self) -> int:
         """KVM_CAP_SYNC_REGS of this VM."""
-        return 0 if self.is_snp_type else caps.system_capability(self.host, lib.KVM_CAP_SYNC_REGS)
+        if self.has_protected_state:
+            return 0
+        return caps.system_capability(self.host, lib.KVM_CAP_SYNC_REGS)
 
     @property
     def memory_attributes(self) -> int:

@@ -45,7 +45,7 @@ NOT_PLAYED = {
     "has 99 of them (a kept case does it once)",
     "CR4.PCIDE and EFER.FFXSR": "the emulated CPU lacks both",
     "guest code": "there is no CPU in the simulated host",
-    "SEV and SEV-ES guests": "the simulated host has none",
+    "SEV and SEV-ES guests": "the simulated host initialises them, no more",
 }
 """What neither cases nor strategies do, and why."""
 

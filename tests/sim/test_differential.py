@@ -26,6 +26,8 @@ TOP = 1 << 64
 PVM = {
     "cap ADJUST_CLOCK": "the simulated clock goes on only while a guest runs: no REALTIME",
     "vm cap ADJUST_CLOCK": "the same",
+    "create_vm type 2": "PVM has no SEV",
+    "create_vm type 3": "the same",
     "create_vm type 4": "PVM has no SNP",
     "set attributes": "PVM is built without memory attributes: ENOTTY",
     "set attributes flags": "the same",

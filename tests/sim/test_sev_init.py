@@ -200,3 +200,135 @@ def test_req_certs_on_7_0_needs_snp_and_no_vcpu():
         assert guest.sev(guest.vm, command)[0] == (0, 0)
         guest.add_vcpu()
         assert guest.sev(guest.vm, command)[0] == EINVAL
+
+
+# SEV and SEV-ES (sev.c: sev_guest_init, sev_guest_init2, __sev_guest_init)
+
+SEV, SEV_ES = 2, 3
+# KVM_SEV_LAUNCH_UPDATE_DATA, ..._MEASURE, ..._FINISH and so on; not those of a VM's own.
+LEGACY = [2, 3, 5, 6, 7, 8, 9, 11, 12, 15, 16, 17, 18, 20, 21]
+ENOSYS = (-1, errno.ENOSYS)
+ENOTTY = (-1, errno.ENOTTY)
+
+
+@pytest.fixture
+def make():
+    with simulated() as platform:
+        yield lambda vm_type: Guest(platform, init=False, vm_type=vm_type)
+
+
+@pytest.mark.parametrize("vm_type", [SEV, SEV_ES])
+def test_init2_of_sev_types_works_once(make, vm_type):
+    guest = make(vm_type)
+    assert guest.init2(error=MARK) == ((0, 0), MARK)
+    assert guest.init2(error=MARK) == (EINVAL, MARK)
+
+
+@pytest.mark.parametrize("vm_type", [SEV, SEV_ES])
+def test_init2_of_sev_types_with_vcpu_flag_or_unreadable_struct_fails(make, vm_type):
+    guest = make(vm_type)
+    assert guest.sev(guest.vm, lib.KVM_SEV_INIT2, 0)[0] == (-1, errno.EFAULT)
+    assert guest.init2(flags=1)[0] == EINVAL
+    guest.add_vcpu()
+    assert guest.init2()[0] == EINVAL
+
+
+@pytest.mark.parametrize("profile", ["6.12", "6.18"])
+def test_init2_features_of_sev_types_lack_secure_tsc(profile):
+    with simulated(profile) as platform:
+        taken = {
+            (vm_type, bit)
+            for vm_type in (SEV, SEV_ES)
+            for bit in range(64)
+            if Guest(platform, init=False, vm_type=vm_type).init2(vmsa_features=1 << bit)[0].ret
+            == 0
+        }
+    assert taken == {(SEV_ES, 5)}
+
+
+@pytest.mark.parametrize("profile", ["6.12", "6.18"])
+def test_init2_ghcb_version_is_for_sev_es_where_1_is_good(profile):
+    with simulated(profile) as platform:
+        taken = {
+            (vm_type, version)
+            for vm_type in (SEV, SEV_ES)
+            for version in range(4)
+            if Guest(platform, init=False, vm_type=vm_type).init2(ghcb_version=version)[0].ret == 0
+        }
+    assert taken == {(SEV, 0), (SEV_ES, 0), (SEV_ES, 1), (SEV_ES, 2)}
+
+
+@pytest.mark.parametrize("command", [0, 1])
+def test_old_init_is_for_a_plain_vm_once_and_without_vcpus(make, command):
+    plain = make(0)
+    assert plain.sev(plain.vm, command, error=MARK) == ((0, 0), MARK)
+    assert plain.sev(plain.vm, command, error=MARK) == (EINVAL, MARK)
+    assert make(SEV).sev(make(SEV).vm, command)[0] == EINVAL
+    late = make(0)
+    late.add_vcpu()
+    assert late.sev(late.vm, command)[0] == EINVAL
+
+
+@pytest.mark.parametrize("command", LEGACY)
+def test_launch_of_sev_guest_is_not_simulated(make, command):
+    guest = make(SEV)
+    assert guest.sev(guest.vm, command)[0] == ENOTTY
+    guest.ok(guest.init2()[0])
+    assert guest.sev(guest.vm, command)[0] == ENOSYS
+
+
+def test_update_vmsa_is_of_sev_es_alone(make):
+    for vm_type, expected in ((SEV, ENOTTY), (SEV_ES, ENOSYS)):
+        guest = make(vm_type)
+        guest.ok(guest.init2()[0])
+        assert guest.sev(guest.vm, lib.KVM_SEV_LAUNCH_UPDATE_VMSA)[0] == expected
+
+
+@pytest.mark.parametrize("vm_type", [SEV, SEV_ES])
+def test_snp_commands_on_sev_guests_are_enotty(make, vm_type):
+    guest = make(vm_type)
+    guest.ok(guest.init2()[0])
+    assert guest.start()[0] == ENOTTY
+    assert guest.finish()[0] == ENOTTY
+    assert guest.update_pages()[0] == EINVAL
+
+
+def test_run_of_sev_types_is_einval_before_init2_and_enosys_after(make):
+    for vm_type in (SEV, SEV_ES):
+        guest = make(vm_type)
+        assert guest.ioctl(guest.add_vcpu(), lib.KVM_RUN) == EINVAL
+        guest = make(vm_type)
+        guest.ok(guest.init2()[0])
+        assert guest.ioctl(guest.add_vcpu(), lib.KVM_RUN) == ENOSYS
+
+
+@pytest.mark.parametrize(
+    ("vm_type", "expected"),
+    [(0, (1, 7, 1, 0)), (SEV, (1, 7, 1, 0)), (SEV_ES, (0, 0, 0, 0)), (4, (0, 0, 0, 8))],
+)
+def test_capabilities_of_each_type(make, vm_type, expected):
+    # x86.h: kvm_arch_has_readonly_mem(); x86.c: kvm_sync_valid_fields(); svm_has_emulated_msr().
+    guest = make(vm_type)
+    if vm_type:
+        guest.ok(guest.init2()[0])
+    names = ("READONLY_MEM", "SYNC_REGS", "X86_SMM", "MEMORY_ATTRIBUTES")
+    got = [
+        guest.ok(guest.ioctl(guest.vm, lib.KVM_CHECK_EXTENSION, getattr(lib, f"KVM_CAP_{name}")))
+        for name in names
+    ]
+    assert tuple(got) == expected
+
+
+def test_asids_of_sev_and_sev_es_run_out_apart(make):
+    # Leaf 0x8000001F of Milan: 509 ASIDs, of which 100 is the lowest of SEV without ES.
+    def fill(vm_type):
+        count = 0
+        while (result := (guest := make(vm_type)).init2()[0]) == (0, 0):
+            count += 1
+        assert result == (-1, errno.EBUSY)
+        guest.ok(guest.platform.close(guest.vm))
+        return count
+
+    assert fill(SEV_ES) == 99
+    assert make(4).init2()[0] == (-1, errno.EBUSY)
+    assert fill(SEV) == 410

@@ -76,12 +76,12 @@ def test_unknown_system_ioctl_is_einval(driver, kvm, name):
     assert driver.ioctl(kvm, getattr(lib, name)) == (-1, errno.EINVAL)
 
 
-@pytest.mark.parametrize("vm_type", [1, 2, 3, 5, 31, 32, 36, 1 << 32 | 4, (1 << 64) - 1])
+@pytest.mark.parametrize("vm_type", [1, 5, 31, 32, 36, 1 << 32 | 4, (1 << 64) - 1])
 def test_create_vm_of_unsupported_type_is_einval(driver, kvm, vm_type):
     assert driver.ioctl(kvm, lib.KVM_CREATE_VM, vm_type) == (-1, errno.EINVAL)
 
 
-@pytest.mark.parametrize("vm_type", [0, 4])
+@pytest.mark.parametrize("vm_type", [0, 2, 3, 4])
 def test_create_vm_of_offered_type_gives_fd(driver, kvm, vm_type):
     assert driver.ioctl(kvm, lib.KVM_CREATE_VM, vm_type).ret >= 10000
 
@@ -89,7 +89,7 @@ def test_create_vm_of_offered_type_gives_fd(driver, kvm, vm_type):
 @pytest.mark.parametrize(
     ("cap", "value"),
     [
-        ("VM_TYPES", 0b10001),
+        ("VM_TYPES", 0x1D),
         ("NR_MEMSLOTS", 32764),
         ("MAX_VCPUS", 1024),
         ("MAX_VCPU_ID", 4096),

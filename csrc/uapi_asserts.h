@@ -18,6 +18,11 @@ KL_NUMBER(KVM_GET_EMULATED_CPUID, 0xc008ae09);
 KL_NUMBER(KVM_GET_MSR_INDEX_LIST, 0xc004ae02);
 KL_NUMBER(KVM_GET_MSR_FEATURE_INDEX_LIST, 0xc004ae0a);
 KL_NUMBER(KVM_CREATE_VCPU, 0x0000ae41);
+KL_NUMBER(KVM_GET_DIRTY_LOG, 0x4010ae42);
+KL_NUMBER(KVM_SET_NR_MMU_PAGES, 0x0000ae44);
+KL_NUMBER(KVM_REGISTER_COALESCED_MMIO, 0x4010ae67);
+KL_NUMBER(KVM_UNREGISTER_COALESCED_MMIO, 0x4010ae68);
+KL_NUMBER(KVM_CLEAR_DIRTY_LOG, 0xc018aec0);
 KL_NUMBER(KVM_ENABLE_CAP, 0x4068aea3);
 KL_NUMBER(KVM_SET_USER_MEMORY_REGION, 0x4020ae46);
 KL_NUMBER(KVM_SET_USER_MEMORY_REGION2, 0x40a0ae49);
@@ -348,6 +353,11 @@ KL_SIZE(struct kvm_msi, 0x20);
 KL_SIZE(struct kvm_pit_config, 0x40);
 
 KL_SIZE(struct kvm_clock_data, 0x30);
+KL_SIZE(struct kvm_coalesced_mmio_zone, 0x10);
+KL_SIZE(struct kvm_coalesced_mmio, 0x18);
+KL_OFFSET(struct kvm_coalesced_mmio_ring, coalesced_mmio, 0x008);
+KL_SIZE(struct kvm_dirty_log, 0x10);
+KL_SIZE(struct kvm_clear_dirty_log, 0x18);
 
 KL_SIZE(struct kvm_irq_routing_entry, 0x30);
 

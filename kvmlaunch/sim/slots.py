@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -50,18 +51,18 @@ class Slot:
 
 
 class Slots:
-    """The slots of one VM by id."""
+    """The slots of one VM by id, and by frame for each address space."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._slots: dict[int, Slot] = {}
+        self._by_gfn: tuple[list[Slot], ...] = ([], [])
 
     def find(self, gfn: int) -> Slot | None:
         """The slot that holds a guest frame (address space 0)."""
-        for slot in self._slots.values():
-            if not slot.id >> 16 and slot.base_gfn <= gfn < slot.end_gfn:
-                return slot
-        return None
+        slots = self._by_gfn[0]
+        at = bisect.bisect_right(slots, gfn, key=_base_gfn) - 1
+        return slots[at] if at >= 0 and gfn < slots[at].end_gfn else None
 
     def set_region(self, region: Any, *, v1: bool = False) -> None:
         """KVM_SET_USER_MEMORY_REGION and ...REGION2: check by check in the kernel's order."""
@@ -116,7 +117,16 @@ class Slots:
         if old.gmem is not None:
             # The file keeps its pages, and what the RMP says of them.
             old.gmem.bindings.remove(old)
-        del self._slots[old.id]
+        self._remove(old)
+
+    def _add(self, slot: Slot) -> None:
+        self._slots[slot.id] = slot
+        bisect.insort(self._by_gfn[slot.id >> 16], slot, key=_base_gfn)
+
+    def _remove(self, slot: Slot) -> None:
+        del self._slots[slot.id]
+        slots = self._by_gfn[slot.id >> 16]
+        del slots[bisect.bisect_left(slots, slot.base_gfn, key=_base_gfn)]
 
     def _change(self, old: Slot, region: Any) -> None:
         """Only the place in guest memory and the dirty log can change."""
@@ -130,7 +140,8 @@ class Slots:
         if moved.base_gfn != old.base_gfn:
             self._check_overlap(old.id, moved.base_gfn, moved.npages)
             self._check_place(moved)
-        self._slots[old.id] = moved
+        self._remove(old)
+        self._add(moved)
 
     def _create(self, region: Any) -> None:
         base, npages = region.guest_phys_addr // PAGE_SIZE, region.memory_size // PAGE_SIZE
@@ -142,7 +153,7 @@ class Slots:
         self._check_place(slot)
         if slot.gmem is not None:
             slot.gmem.bindings.append(slot)
-        self._slots[slot.id] = slot
+        self._add(slot)
 
     def _gmem(self, fd: int, offset: int, npages: int) -> GuestMemfd:
         gmem = self._vm.host.fds.get_kind(fd, GuestMemfd, errno.EINVAL)
@@ -158,11 +169,17 @@ class Slots:
             refuse(errno.EINVAL)
 
     def _check_overlap(self, slot_id: int, base: int, npages: int) -> None:
-        for other in self._slots.values():
-            apart = base >= other.end_gfn or base + npages <= other.base_gfn
-            same_space = other.id >> 16 == slot_id >> 16
-            if other.id != slot_id and same_space and not apart:
+        slots = self._by_gfn[slot_id >> 16]
+        at = max(0, bisect.bisect_right(slots, base, key=_base_gfn) - 1)
+        for other in itertools.islice(slots, at, None):
+            if other.base_gfn >= base + npages:
+                break
+            if other.id != slot_id and base < other.end_gfn:
                 refuse(errno.EEXIST)
+
+
+def _base_gfn(slot: Slot) -> int:
+    return slot.base_gfn
 
 
 class Attributes:

@@ -144,13 +144,12 @@ class VcpuRun:
         """vcpu_run()."""
         vcpu, vm = self.vcpu, self.vcpu.vm
         while True:
-            if vm.host.user.wants_sync(idle=vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE):
-                with vm.host.gate.stopped(), vm.host.lock:
-                    vm.sync_user_memory()
+            self._sync(idle=vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE)
             ticks = vm.scheduler.turn(vcpu.seat)
             if ticks is None:
                 vcpu.run.exit_reason = lib.KVM_EXIT_INTR
                 refuse(errno.EINTR)
+            self._sync(idle=False)  # the call that ended a wait may have come after a write
             try:
                 if not self._step(min(ticks, _RUN_TICKS)):
                     return 0
@@ -160,6 +159,12 @@ class VcpuRun:
             if self._window_is_open():
                 vcpu.run.exit_reason = lib.KVM_EXIT_IRQ_WINDOW_OPEN
                 return 0
+
+    def _sync(self, *, idle: bool) -> None:
+        vm = self.vcpu.vm
+        if vm.host.user.wants_sync(idle=idle):
+            with vm.host.gate.stopped(), vm.host.lock:
+                vm.sync_user_memory()
 
     def _step(self, ticks: int) -> int:
         vcpu, vm = self.vcpu, self.vcpu.vm

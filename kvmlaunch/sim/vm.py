@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Vm", "VmFile"]
 
 _TSS_PAGES = 3 * 4096
+_MIN_ALLOC_MMU_PAGES = 64
 _MAX_TSC_KHZ = 0x7FFFFFFF
 
 
@@ -224,6 +225,7 @@ class VmFile(File):
             lib.KVM_MEMORY_ENCRYPT_REG_REGION: self._register_region,
             lib.KVM_MEMORY_ENCRYPT_UNREG_REGION: self._unregister_region,
             lib.KVM_SET_BOOT_CPU_ID: self._set_boot_cpu_id,
+            lib.KVM_SET_NR_MMU_PAGES: self._set_nr_mmu_pages,
             lib.KVM_SET_TSS_ADDR: self._set_tss_addr,
             lib.KVM_SET_IDENTITY_MAP_ADDR: self._set_identity_map_addr,
             lib.KVM_SET_TSC_KHZ: self._set_tsc_khz,
@@ -325,6 +327,12 @@ class VmFile(File):
         if arg > (self.vm.max_vcpu_ids or caps.MAX_VCPU_ID):
             refuse(errno.EINVAL)
         self.vm.bsp_id = arg
+        return 0
+
+    def _set_nr_mmu_pages(self, arg: int) -> int:
+        """How many page tables KVM keeps, which nobody sees."""
+        if arg < _MIN_ALLOC_MMU_PAGES:
+            refuse(errno.EINVAL)
         return 0
 
     def _set_tss_addr(self, arg: int) -> int:

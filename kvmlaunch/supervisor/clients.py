@@ -130,6 +130,8 @@ class Clients:
 
     def __init__(self, listener: int) -> None:
         self.listener = listener
+        self.served = 0
+        """Calls so far."""
         self._threads: dict[int, ClientThread] = {}
         self._spaces: list[AddressSpace] = []
         self._numbers = itertools.count(1)
@@ -148,6 +150,7 @@ class Clients:
 
     def serve(self, call: Call) -> None:
         """From now on this thread answers ``call``."""
+        self.served += 1
         self._serving.call = call
 
     def thread(self, tid: int) -> ClientThread:

@@ -2,7 +2,7 @@
 
 A CPU needs pages at an address of this process, where a client's anonymous memory can't be
 mapped. So it works on copies: what either side changed is brought to the other when a vCPU
-enters and leaves KVM_RUN, and now and then between.
+enters and leaves KVM_RUN, and between when the client has called or some time has passed.
 """
 
 from __future__ import annotations
@@ -92,12 +92,18 @@ class ClientMemory:
         """Bring changes of either side to the other."""
         with self._lock:
             copies = self._copies.get(self.mm)
-            return copies is not None and copies.merge(self.caller.tid, self._pages)
+            if copies is None:
+                return False
+            copies.served = self._clients.served
+            return copies.merge(self.caller.tid, self._pages)
 
     def wants_sync(self, *, idle: bool) -> bool:
         """Whether a guest that runs on should be stopped for it; ``idle``: it waits, anyway."""
         copies = self._copies.get(self.mm)
-        return copies is not None and (idle or time.monotonic() >= copies.next_merge)
+        if copies is None:
+            return False
+        called = copies.served != self._clients.served
+        return idle or called or time.monotonic() >= copies.next_merge
 
     def _sync_range(self, address: int, size: int) -> None:
         """The same for the copies of a range. Raises OSError(EFAULT) where there is none now."""
@@ -167,6 +173,8 @@ class _Copies:
     """Copied pages of one address space."""
 
     def __init__(self) -> None:
+        self.served = 0
+        """How many calls there had been at the last merge of all."""
         self._at: dict[int, int] = {}
         self._table: Any = ffi.new("struct kl_copy[]", 8)
         self._changed = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvmlaunch.uapi import ffi, lib
 from tests.host import require_simulated_cpu
 
@@ -13,8 +15,8 @@ CODE = 0x1000
 class Vm(Driver):
     """A plain VM: 16 pages at 0, code at 0x1000 that starts there in real mode."""
 
-    def __init__(self, code: bytes, *, code32: bool = False) -> None:
-        super().__init__(require_simulated_cpu())
+    def __init__(self, code: bytes, *, code32: bool = False, platform: Any = None) -> None:
+        super().__init__(require_simulated_cpu() if platform is None else platform)
         self.kvm = self.open_kvm()
         self.vm = self.create_vm(0, self.kvm)
         self.ram = Memory(16 * PAGE)

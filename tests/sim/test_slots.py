@@ -196,6 +196,32 @@ def test_move_onto_another_slot_is_eexist(guest):
     assert region(guest, slot=1) == (-1, errno.EEXIST)
 
 
+def test_slot_in_the_middle_of_others_is_eexist_only_where_they_are(plain):
+    # Frames 0x100-0x103 and 0x108-0x10b are taken, in either address space on its own.
+    for slot in (0, 1 << 16):
+        assert region(plain, slot=slot + 5) == (0, 0)
+        assert region(plain, slot=slot + 3, guest_phys_addr=0x108000) == (0, 0)
+    for gpa, code in (
+        (0x101000, 17),
+        (0x105000, 17),
+        (0x107000, 17),
+        (0x10B000, 17),
+        (0xFF000, 17),
+    ):
+        assert region(plain, slot=1, guest_phys_addr=gpa) == (-1, code)
+    assert region(plain, slot=1, guest_phys_addr=0x104000) == (0, 0)
+    # The one in the middle moves away over the end of its neighbour's old place.
+    assert region(plain, slot=3, guest_phys_addr=0x10A000) == (0, 0)
+    assert region(plain, slot=5, memory_size=0) == (0, 0)
+    assert region(plain, slot=7, guest_phys_addr=0x100000) == (0, 0)
+
+
+def test_slots_up_to_the_limit_take_little_time(plain):
+    for slot in range(32764):
+        plain.ok(region(plain, slot=slot, guest_phys_addr=slot * 4 * PAGE))
+    assert region(plain, slot=32764, guest_phys_addr=1 << 40) == EINVAL
+
+
 def test_overlap_is_looked_at_before_the_fd(guest):
     assert region(guest) == (0, 0)
     assert private(guest, fd=99999, slot=1) == (-1, errno.EEXIST)

@@ -215,6 +215,11 @@ def test_tss_and_identity_addresses(driver, vm):
     assert driver.ioctl(vm, lib.KVM_SET_IDENTITY_MAP_ADDR, 0) == (-1, errno.EINVAL)
 
 
+def test_nr_mmu_pages_below_64_is_einval(driver, vm):
+    assert driver.ioctl(vm, lib.KVM_SET_NR_MMU_PAGES, 63) == (-1, errno.EINVAL)
+    assert driver.ioctl(vm, lib.KVM_SET_NR_MMU_PAGES, 64) == (0, 0)
+
+
 @pytest.mark.parametrize("name", ["KVM_GET_STATS_FD"])
 def test_unsimulated_ioctl_is_enosys_which_no_kernel_says(driver, vm, name):
     assert driver.ioctl(vm, getattr(lib, name)) == (-1, errno.ENOSYS)

@@ -1,0 +1,75 @@
+"""Guests whose CPUs work on copies of user memory, as they do for supervised programs."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kvmlaunch.sim.uaccess import OwnProcess
+from kvmlaunch.uapi import address_of, ffi, lib, peek, poke
+from tests.host import require_simulated_cpu
+
+from .driver import PAGE, simulated
+from .plain_vm import CODE, Vm
+from .test_plain_run import OK
+
+
+class Copies(OwnProcess):
+    """Pages that are pinned are copied; `sync` brings changes of either side to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pages: dict[int, tuple[object, int, bytes]] = {}
+        self.due = False
+
+    def pin(self, address: int) -> int:
+        if address not in self._pages:
+            keep = ffi.new("char[]", 2 * PAGE)
+            here = -(-address_of(keep) // PAGE) * PAGE
+            poke(here, peek(address, PAGE))
+            self._pages[address] = keep, here, peek(address, PAGE)
+        return self._pages[address][1]
+
+    def wants_sync(self, *, idle: bool) -> bool:
+        return self.due or idle
+
+    def sync(self) -> bool:
+        changed, self.due = False, False
+        for address, (keep, here, base) in self._pages.items():
+            ours, theirs = peek(here, PAGE), peek(address, PAGE)
+            if ours != base:
+                poke(address, ours)
+            elif theirs != base:
+                poke(here, theirs)
+                changed = True
+            self._pages[address] = keep, here, peek(address, PAGE)
+        return changed
+
+
+@pytest.fixture
+def user():
+    require_simulated_cpu()
+    return Copies()
+
+
+# cmp word [0x3000], 0; je -7; mov word [0x4000], 1; hlt
+WAIT = bytes.fromhex("833e003000 74f9 c70600400100 f4")
+
+
+def test_guest_that_runs_on_sees_what_user_space_writes(user):
+    with simulated(user=user) as platform:
+        vm = Vm(WAIT, platform=platform)
+        results = []
+        thread = threading.Thread(target=lambda: results.append(vm.enter()))
+        thread.start()
+        time.sleep(0.05)
+        vm.ram.write(b"\1", 0x3000)
+        time.sleep(0.05)
+        assert not results, "nothing told the guest yet"
+        user.due = True
+        thread.join(10)
+        assert results == [(OK, lib.KVM_EXIT_HLT)]
+        assert vm.ram.read(1, 0x4000) == b"\1"
+        assert vm.regs.rip == CODE + len(WAIT)

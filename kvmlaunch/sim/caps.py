@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmlaunch.sim import mce
+from kvmlaunch.sim import coalesced, mce
 from kvmlaunch.sim.host import Host
 from kvmlaunch.sim.irq import MAX_ROUTES
 from kvmlaunch.uapi import lib
@@ -52,6 +52,7 @@ _PLAIN = {
     lib.KVM_CAP_NR_VCPUS: _NR_VCPUS,
     lib.KVM_CAP_NR_MEMSLOTS: _MEMSLOTS,
     lib.KVM_CAP_MP_STATE: 1,
+    lib.KVM_CAP_COALESCED_MMIO: coalesced.RING_PAGE,
     lib.KVM_CAP_SYNC_MMU: 1,
     lib.KVM_CAP_DESTROY_MEMORY_REGION_WORKS: 1,
     lib.KVM_CAP_JOIN_MEMORY_REGIONS_WORKS: 1,
@@ -84,6 +85,7 @@ _PLAIN = {
     lib.KVM_CAP_IMMEDIATE_EXIT: 1,
     lib.KVM_CAP_GET_MSR_FEATURES: 1,
     lib.KVM_CAP_MSR_PLATFORM_INFO: 1,
+    lib.KVM_CAP_COALESCED_PIO: 1,
     lib.KVM_CAP_X86_USER_SPACE_MSR: 1,
     lib.KVM_CAP_X86_MSR_FILTER: 1,
     lib.KVM_CAP_SREGS2: 1,

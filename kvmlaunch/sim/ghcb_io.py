@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.ghcb import GhcbError, ioio_size
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import exits
+from kvmlaunch.sim import exits, io_bus
 from kvmlaunch.sim.ghcb import Ghcb, ScratchArea
 from kvmlaunch.sim.uaccess import refuse
-from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
@@ -32,7 +31,7 @@ def port_io(vcpu: Vcpu, ghcb: Ghcb) -> int:
         return _string(vcpu, ghcb, size, port, is_in=is_in)
     run, registers = vcpu.run, ghcb.registers
     data = bytes(size) if is_in else registers["rax"].to_bytes(8, "little")[:size]
-    if not is_in and vcpu.vm.ioeventfds.write(lib.KVM_IOEVENTFD_FLAG_PIO, port, data):
+    if not is_in and io_bus.write(vcpu, port, data, pio=True):
         return 1
     exits.put_io_data(run, data)
     exits.io(run, is_in=is_in, port=port, size=size, count=1)
@@ -78,8 +77,7 @@ class _StringIo:
         run = self._vcpu.run
         count = min(PAGE_SIZE // self._size, self._left)
         length = count * self._size
-        exits.put_io_data(run, bytes(length) if self._is_in else self._area.read(self._at, length))
-        exits.io(run, is_in=self._is_in, port=self._port, size=self._size, count=count)
+        data = bytes(length) if self._is_in else self._area.read(self._at, length)
 
         def complete() -> int:
             if self._is_in:
@@ -88,8 +86,20 @@ class _StringIo:
             self._left -= count
             return self.go_on() if self._left else 1
 
+        if not self._is_in and self._in_kernel(data):
+            return complete()
+        exits.put_io_data(run, data)
+        exits.io(run, is_in=self._is_in, port=self._port, size=self._size, count=count)
         self._vcpu.running.complete = complete
         return 0
+
+    def _in_kernel(self, data: bytes) -> bool:
+        """emulator_pio_in_out(): once the kernel took an item, it takes or drops the others."""
+        for at in range(0, len(data), self._size):
+            item = data[at : at + self._size]
+            if not io_bus.write(self._vcpu, self._port, item, pio=True):
+                return at > 0
+        return True
 
 
 def mmio_read(vcpu: Vcpu, ghcb: Ghcb) -> int:
@@ -124,9 +134,8 @@ def _in_kernel(vcpu: Vcpu, area: ScratchArea, gpa: int, size: int, *, is_write: 
         count = min(size - done, _MMIO_PIECE)
         if is_write:
             address, data = gpa + done & _U64, area.read(done, count)
-            if not (
-                vcpu.apic.write_mmio(address, data) or vcpu.vm.ioeventfds.write(0, address, data)
-            ):
+            taken = vcpu.apic.write_mmio(address, data)
+            if not taken and not io_bus.write(vcpu, address, data, pio=False):
                 break
         else:
             answer = vcpu.apic.read_mmio(gpa + done & _U64, count)

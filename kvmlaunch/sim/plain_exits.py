@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvmlaunch.sim import exits, hypercalls, intercepts
+from kvmlaunch.sim import exits, hypercalls, intercepts, io_bus
 from kvmlaunch.softcpu import (
     IoRead,
     IoWrite,
@@ -15,7 +15,6 @@ from kvmlaunch.softcpu import (
     MsrWrite,
     Vmmcall,
 )
-from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu_run import VcpuRun
@@ -45,7 +44,7 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
 
     def io_write(event: IoWrite) -> int:
         data = event.value.to_bytes(event.size, "little")
-        if vcpu.vm.ioeventfds.write(lib.KVM_IOEVENTFD_FLAG_PIO, event.port, data):
+        if io_bus.write(vcpu, event.port, data, pio=True):
             return 1
         exits.put_io_data(vcpu.run, data)
         exits.io(vcpu.run, is_in=False, port=event.port, size=event.size, count=1)
@@ -61,7 +60,9 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
 
     def mmio_write(event: MmioWrite) -> int:
         data = event.value.to_bytes(event.size, "little")
-        if vcpu.apic.write_mmio(event.gpa, data) or vcpu.vm.ioeventfds.write(0, event.gpa, data):
+        if vcpu.apic.write_mmio(event.gpa, data):
+            return 1
+        if io_bus.write(vcpu, event.gpa, data, pio=False):
             return 1
         exits.mmio(vcpu.run, event.gpa, event.size, data)
         return 0

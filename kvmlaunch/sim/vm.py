@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmlaunch.sim import caps, intercepts, irq
+from kvmlaunch.sim.coalesced import CoalescedZones
 from kvmlaunch.sim.enable_cap import enable_cap
 from kvmlaunch.sim.eventfds import Ioeventfds, Irqfds
 from kvmlaunch.sim.fdtable import File
@@ -61,6 +62,7 @@ class Vm:
         self.vcpus: list[Vcpu] = []
         self.running: Vcpu | None = None
         self.slots = Slots(self)
+        self.coalesced = CoalescedZones()
         self.attributes = Attributes(self)
         self.sev = SevVm(self)
         self.memory = VmMemory(self)
@@ -220,6 +222,8 @@ class VmFile(File):
             lib.KVM_SET_USER_MEMORY_REGION: self._set_region_v1,
             lib.KVM_SET_USER_MEMORY_REGION2: self._set_region_v2,
             lib.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
+            lib.KVM_REGISTER_COALESCED_MMIO: self._register_coalesced,
+            lib.KVM_UNREGISTER_COALESCED_MMIO: self._unregister_coalesced,
             lib.KVM_CREATE_GUEST_MEMFD: self._create_guest_memfd,
             lib.KVM_MEMORY_ENCRYPT_OP: self._encrypt_op,
             lib.KVM_MEMORY_ENCRYPT_REG_REGION: self._register_region,
@@ -305,6 +309,14 @@ class VmFile(File):
 
     def _set_attributes(self, arg: int) -> int:
         self.vm.attributes.set(copy_in(self._user, "kvm_memory_attributes", arg))
+        return 0
+
+    def _register_coalesced(self, arg: int) -> int:
+        self.vm.coalesced.register(copy_in(self._user, "kvm_coalesced_mmio_zone", arg))
+        return 0
+
+    def _unregister_coalesced(self, arg: int) -> int:
+        self.vm.coalesced.unregister(copy_in(self._user, "kvm_coalesced_mmio_zone", arg))
         return 0
 
     def _create_guest_memfd(self, arg: int) -> int:

@@ -33,6 +33,8 @@ class AddressSpace:
 
     def is_alive(self) -> bool:
         """Whether a process still has it."""
+        if self._memory < 0:
+            return False
         try:
             return bool(os.pread(self._memory, 1, 0))
         except OSError:
@@ -47,8 +49,9 @@ class AddressSpace:
         return self.is_alive() and all(lib.kl_same_memory(tid, other) for other in others)
 
     def close(self) -> None:
-        """Forget it."""
+        """Forget it: it isn't alive any more."""
         os.close(self._memory)
+        self._memory = -1
 
 
 class ClientThread:

@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim import caps, irq
+from kvmlaunch.sim.dirty_log import enable_manual_protect
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import lib
 
@@ -28,6 +29,7 @@ def enable_cap(vm: Vm, cap: Any) -> int:
         _direct_vmsa(vm, cap.args)
         return 0
     handler = {
+        lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: enable_manual_protect,
         lib.KVM_CAP_SPLIT_IRQCHIP: _split_irqchip,
         lib.KVM_CAP_EXIT_HYPERCALL: _exit_hypercall,
         lib.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks,

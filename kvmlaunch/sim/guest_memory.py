@@ -39,13 +39,23 @@ class VmMemory:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
 
-    def resolve(self, gpa: int, private: bool) -> int | Missing:
+    def resolve(self, gpa: int, private: bool, write: bool = False) -> int | Missing:
         """Host address of a page for a CPU. A private page is assigned to the guest at once."""
         with self._vm.host.lock:
             try:
-                return self._address(gpa // PAGE_SIZE, private)
+                return self._address(gpa // PAGE_SIZE, private, write)
             except (MemoryFault, OSError):
                 return Missing.ABSENT
+
+    def write_protected(self, gpa: int) -> bool:
+        """Whether a shared page is read-only, or clean in the log of its slot."""
+        gfn = gpa // PAGE_SIZE
+        with self._vm.host.lock:
+            slot = self._vm.slots.find(gfn)
+            if slot is None:
+                return False
+            clean = slot.dirty is not None and not slot.dirty.is_dirty(gfn - slot.base_gfn)
+            return clean or slot.is_read_only
 
     def rmp_lookup(self, gpa: int) -> RmpEntry:
         """RMP entry of the page that backs ``gpa`` privately."""
@@ -73,14 +83,14 @@ class VmMemory:
             )
             rmp.store(spa, new)
 
-    def handle_fault(self, gpa: int, private: bool) -> bool:
+    def handle_fault(self, gpa: int, private: bool, write: bool = False) -> bool:
         """kvm_mmu_page_fault() where a CPU found no page, or one that the RMP denies it.
 
         True if the guest is to try again, False where it would take emulating an instruction in
         a device. Raises MemoryFault, and OSError for what KVM_RUN fails with otherwise.
         """
         # For a page that is there sev_handle_rmp_fault() has 2 MiB entries to split, no more.
-        return self._address(gpa // PAGE_SIZE, private) is not Missing.MMIO
+        return self._address(gpa // PAGE_SIZE, private, write) is not Missing.MMIO
 
     def read(self, gpa: int, size: int) -> bytes:
         """kvm_read_guest(): the shared side, whatever the attribute says. Raises OSError."""
@@ -90,7 +100,7 @@ class VmMemory:
     def write(self, gpa: int, data: bytes) -> None:
         """kvm_write_guest(). Raises OSError."""
         done = 0
-        for address, count in self._pieces(gpa, len(data)):
+        for address, count in self._pieces(gpa, len(data), write=True):
             self._vm.host.user.write(address, data[done : done + count])
             done += count
 
@@ -108,16 +118,19 @@ class VmMemory:
             refuse(errno.EINVAL if slot is None else errno.EFAULT)
         return self._prepared(slot, slot.gmem, gpa // PAGE_SIZE)
 
-    def _address(self, gfn: int, private: bool) -> int | Missing:
+    def _address(self, gfn: int, private: bool, write: bool) -> int | Missing:
         """kvm_faultin_pfn(), check by check."""
         vm = self._vm
         slot = vm.slots.find(gfn)
         if private != vm.attributes.is_private(gfn):
             raise MemoryFault(gfn * PAGE_SIZE, private)
         if not private:
-            if slot is None:
+            if slot is None or (write and slot.is_read_only):
                 return Missing.MMIO
-            return vm.host.user.pin(_user_address(slot, gfn))
+            host = vm.host.user.pin(_user_address(slot, gfn))
+            if write and slot.dirty is not None:
+                slot.dirty.mark(gfn - slot.base_gfn)
+            return host
         if slot is None or slot.gmem is None:
             raise MemoryFault(gfn * PAGE_SIZE, private)
         try:
@@ -144,15 +157,17 @@ class VmMemory:
             raise ValueError(f"GPA {gfn * PAGE_SIZE:#x} has no private page")
         return slot.gmem.spa(_file_index(slot, gfn))
 
-    def _pieces(self, gpa: int, size: int) -> Iterator[tuple[int, int]]:
+    def _pieces(self, gpa: int, size: int, *, write: bool = False) -> Iterator[tuple[int, int]]:
         """User addresses and sizes of a range, page by page. Raises OSError(EFAULT)."""
         while size:
             offset = gpa % PAGE_SIZE
             count = min(size, PAGE_SIZE - offset)
             slot = self._vm.slots.find(gpa // PAGE_SIZE)
-            if slot is None:
+            if slot is None or (write and slot.is_read_only):
                 refuse(errno.EFAULT)
             yield _user_address(slot, gpa // PAGE_SIZE) + offset, count
+            if write and slot.dirty is not None:
+                slot.dirty.mark(gpa // PAGE_SIZE - slot.base_gfn)
             gpa, size = gpa + count, size - count
 
 

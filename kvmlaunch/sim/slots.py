@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.sim.dirty_log import DirtyBitmap
 from kvmlaunch.sim.guest_memfd import GuestMemfd
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import lib
@@ -38,6 +39,8 @@ class Slot:
     hva: int
     gmem: GuestMemfd | None = None
     gmem_first: int = 0
+    dirty: DirtyBitmap | None = None
+    """Where its writes are logged."""
 
     @property
     def end_gfn(self) -> int:
@@ -49,6 +52,11 @@ class Slot:
         """Whether it was made with a guest_memfd."""
         return bool(self.flags & lib.KVM_MEM_GUEST_MEMFD)
 
+    @property
+    def is_read_only(self) -> bool:
+        """Writes of the guest are for user space."""
+        return bool(self.flags & lib.KVM_MEM_READONLY)
+
 
 class Slots:
     """The slots of one VM by id, and by frame for each address space."""
@@ -57,6 +65,17 @@ class Slots:
         self._vm = vm
         self._slots: dict[int, Slot] = {}
         self._by_gfn: tuple[list[Slot], ...] = ([], [])
+        self.manual_dirty_log = 0
+        """Options of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2."""
+
+    def check_id(self, slot_id: int) -> None:
+        """EINVAL for a number that no slot can have."""
+        if slot_id >> 16 >= self._vm.address_spaces or slot_id & 0xFFFF >= NR_USER_SLOTS:
+            refuse(errno.EINVAL)
+
+    def get(self, slot_id: int) -> Slot | None:
+        """The slot of that number."""
+        return self._slots.get(slot_id)
 
     def find(self, gfn: int) -> Slot | None:
         """The slot that holds a guest frame (address space 0)."""
@@ -140,6 +159,7 @@ class Slots:
         if moved.base_gfn != old.base_gfn:
             self._check_overlap(old.id, moved.base_gfn, moved.npages)
             self._check_place(moved)
+        self._set_log(moved)
         self._remove(old)
         self._add(moved)
 
@@ -153,7 +173,16 @@ class Slots:
         self._check_place(slot)
         if slot.gmem is not None:
             slot.gmem.bindings.append(slot)
+        self._set_log(slot)
         self._add(slot)
+
+    def _set_log(self, slot: Slot) -> None:
+        """kvm_prepare_memory_region(): a log begins, goes on or ends."""
+        if not slot.flags & lib.KVM_MEM_LOG_DIRTY_PAGES:
+            slot.dirty = None
+        elif slot.dirty is None:
+            all_dirty = bool(self.manual_dirty_log & lib.KVM_DIRTY_LOG_INITIALLY_SET)
+            slot.dirty = DirtyBitmap(slot.npages, all_dirty=all_dirty)
 
     def _gmem(self, fd: int, offset: int, npages: int) -> GuestMemfd:
         gmem = self._vm.host.fds.get_kind(fd, GuestMemfd, errno.EINVAL)

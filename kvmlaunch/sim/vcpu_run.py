@@ -373,7 +373,7 @@ class VcpuRun:
         if event.reason is FaultReason.VMPL and vm.host.profile.vmpls > 1:
             # KVM, which knows no other VMPL than 0, would let the guest try for ever.
             raise MemoryFault(event.gpa & -PAGE_SIZE, event.private)
-        there = vm.memory.handle_fault(event.gpa, event.private)
+        there = vm.memory.handle_fault(event.gpa, event.private, write=event.access is Access.WRITE)
         # A guest with encrypted state is resumed in any case (svm_check_emulate_instruction).
         if not there and self.vcpu.sev_es is None:
             fetch = _FAULT_FETCH if event.access is Access.FETCH else 0

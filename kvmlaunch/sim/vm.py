@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from kvmlaunch.sim import caps, intercepts, irq
+from kvmlaunch.sim import caps, dirty_log, intercepts, irq
 from kvmlaunch.sim.coalesced import CoalescedZones
 from kvmlaunch.sim.enable_cap import enable_cap
 from kvmlaunch.sim.eventfds import Ioeventfds, Irqfds
@@ -222,6 +222,8 @@ class VmFile(File):
             lib.KVM_SET_USER_MEMORY_REGION: self._set_region_v1,
             lib.KVM_SET_USER_MEMORY_REGION2: self._set_region_v2,
             lib.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
+            lib.KVM_GET_DIRTY_LOG: self._get_dirty_log,
+            lib.KVM_CLEAR_DIRTY_LOG: self._clear_dirty_log,
             lib.KVM_REGISTER_COALESCED_MMIO: self._register_coalesced,
             lib.KVM_UNREGISTER_COALESCED_MMIO: self._unregister_coalesced,
             lib.KVM_CREATE_GUEST_MEMFD: self._create_guest_memfd,
@@ -309,6 +311,14 @@ class VmFile(File):
 
     def _set_attributes(self, arg: int) -> int:
         self.vm.attributes.set(copy_in(self._user, "kvm_memory_attributes", arg))
+        return 0
+
+    def _get_dirty_log(self, arg: int) -> int:
+        dirty_log.get_dirty_log(self.vm, copy_in(self._user, "kvm_dirty_log", arg))
+        return 0
+
+    def _clear_dirty_log(self, arg: int) -> int:
+        dirty_log.clear_dirty_log(self.vm, copy_in(self._user, "kvm_clear_dirty_log", arg))
         return 0
 
     def _register_coalesced(self, arg: int) -> int:

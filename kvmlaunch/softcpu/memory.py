@@ -61,8 +61,15 @@ class GuestMemory(Protocol):
     `Machine.flush`: call it when a page moves, changes sides or loses rights.
     """
 
-    def resolve(self, gpa: int, private: bool) -> int | Missing:
-        """Return the host address of the 4096 bytes that back the page."""
+    def resolve(self, gpa: int, private: bool, write: bool = False) -> int | Missing:
+        """Return the host address of the 4096 bytes that back the page.
+
+        With ``write`` the guest writes there next, as often as it likes.
+        """
+        ...
+
+    def write_protected(self, gpa: int) -> bool:
+        """Whether a shared page that was resolved may not be written before it is so again."""
         ...
 
     def rmp_lookup(self, gpa: int) -> RmpEntry:

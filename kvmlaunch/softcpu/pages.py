@@ -41,7 +41,7 @@ class Pages:
         Raises:
             HostFault, MmioFault, GuestFault: the page can't be used.
         """
-        host = self.memory.resolve(gpa, private)
+        host = self.memory.resolve(gpa, private, kind == WRITE)
         if not isinstance(host, int):
             if host is Missing.ABSENT or private or (kind == FETCH and not self._options.snp):
                 raise HostFault(NestedFault(gpa, _ACCESS[kind], private, FaultReason.ABSENT))
@@ -49,6 +49,8 @@ class Pages:
                 raise GuestFault(VC, VC_NESTED_FAULT)
             raise MmioFault(gpa, kind == WRITE)
         if not private:
+            if kind != WRITE and self.memory.write_protected(gpa):
+                return host | READ | FETCH
             return host | READ | WRITE | FETCH
         entry = self.entry(gpa, kind)
         if not entry.validated:

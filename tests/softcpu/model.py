@@ -46,6 +46,8 @@ class Memory:
         ]
         self.rmp = {gpa: Entry(gpa=gpa) for gpa in range(0, size, PAGE)} if snp else {}
         self.mmio: set[int] = set()
+        self.protected: set[int] = set()
+        self.writes: list[int] = []
         self.flush: Callable[[], None] = lambda: None
 
     @property
@@ -53,12 +55,18 @@ class Memory:
         """What a guest uses that knows nothing of shared memory."""
         return self.private if self.snp else self.shared
 
-    def resolve(self, gpa: int, private: bool) -> int | Missing:
+    def resolve(self, gpa: int, private: bool, write: bool = False) -> int | Missing:
         if gpa in self.mmio:
             return Missing.MMIO
+        if write:
+            self.protected.discard(gpa)
+            self.writes.append(gpa)
         if gpa >= self.size or (self.snp and private != (gpa in self.rmp)):
             return Missing.ABSENT
         return self.bases[private] + gpa
+
+    def write_protected(self, gpa: int) -> bool:
+        return gpa in self.protected
 
     def rmp_lookup(self, gpa: int) -> Entry:
         return self.rmp[gpa]

@@ -41,8 +41,8 @@ REAL = {
 class TopOf4GiB(Memory):
     """The last page below 4 GiB is backed by the last one of this memory."""
 
-    def resolve(self, gpa: int, private: bool) -> int | Missing:
-        return super().resolve(gpa & self.size - 1 if gpa == 0xFFFFF000 else gpa, private)
+    def resolve(self, gpa: int, private: bool, write: bool = False) -> int | Missing:
+        return super().resolve(gpa & self.size - 1 if gpa == 0xFFFFF000 else gpa, private, write)
 
     def rmp_lookup(self, gpa: int) -> Entry:
         return Entry(gpa=gpa)

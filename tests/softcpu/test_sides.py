@@ -29,7 +29,7 @@ VIEW = 0x100000  # a second linear page for GPA
 class BothSides(Memory):
     """Gives both sides of a page, which a hypervisor would not do at one time."""
 
-    def resolve(self, gpa: int, private: bool) -> int:
+    def resolve(self, gpa: int, private: bool, write: bool = False) -> int:
         return self.bases[private] + gpa
 
 

@@ -146,6 +146,7 @@ class Vm:
                 asid=self.sev.asid,
                 physical_bits=self.host.phys_bits - (cpu.phys_bits_reduction if snp else 0),
                 cpuid=self._running_cpuid,
+                patches_vmcall=self._patches_vmcall,
                 exit_on_pause=len(self.vcpus) > 1,
             )
             self._machine = self.host.machine(self.memory, options)
@@ -175,6 +176,10 @@ class Vm:
         with self.host.lock:
             assert self.running is not None
             return intercepts.cpuid(self.running, function, index)
+
+    def _patches_vmcall(self) -> bool:
+        """emulator_fix_hypercall(): unless user space disabled the quirk."""
+        return not self.disabled_quirks & lib.KVM_X86_QUIRK_FIX_HYPERCALL_INSN
 
     def skip_idle_time(self) -> bool:
         """Every vCPU waits: the clock goes on to the next timer. False if none is set."""

@@ -32,6 +32,7 @@ _WORD = 0xFFFFFFFF
 _XSETBV = b"\x0f\x01\xd1"
 _WITH_ERROR_CODE = frozenset((DF, TS, NP, SS_FAULT, GP, PF, AC))
 _INT3, _INTN, _INTO = 0xCC, 0xCD, 0xCE
+_VMMCALL = bytes.fromhex("0f01d9")
 
 
 class Exits:
@@ -142,9 +143,20 @@ class Exits:
             return None
         if instruction.modrm == 0xD9:  # the engine knows VMMCALL only with EFER.SVME
             return lambda: self._vmmcall(vc.VMMCALL)
+        if instruction.modrm == 0xC1 and not self._core.options.snp:
+            return self._vmcall
         if self._core.options.snp and snp_instructions.is_snp_instruction(instruction):
             return lambda: snp_instructions.execute(self._core, instruction)
         return None
+
+    def _vmcall(self) -> None:
+        """Intel's way to call a hypervisor: KVM puts the CPU's own there, to be executed."""
+        core = self._core
+        if core.state.cpl:
+            raise GuestFault(GP, 0)
+        if not core.options.patches_vmcall():
+            raise GuestFault(UD)
+        core.store(core.linear_rip, _VMMCALL)
 
     def _software_interrupt(self, _code: int) -> None:
         core = self._core

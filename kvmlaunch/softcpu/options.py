@@ -12,6 +12,10 @@ Cpuid: TypeAlias = Callable[[int, int], tuple[int, int, int, int]]
 """(leaf, index) -> EAX, EBX, ECX, EDX."""
 
 
+def _never() -> bool:
+    return False
+
+
 def _no_cpuid(_leaf: int, _index: int) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0)
 
@@ -26,6 +30,8 @@ class CpuOptions:
         asid: the guest's ASID, as in its RMP entries.
         physical_bits: width of a GPA; entries with higher bits set are reserved-bit faults.
         cpuid: answers CPUID of a plain guest; the answer must fit what the CPU can do.
+        patches_vmcall: whether the hypervisor makes a VMMCALL of a plain guest's VMCALL, which
+            the CPU doesn't have; asked each time.
         intercept_rdtsc: RDTSC and RDTSCP are #VC (SNP guests only).
         exit_on_pause: PAUSE is an event.
         ticks_per_tsc: TSC increments once in so many ticks.
@@ -36,6 +42,7 @@ class CpuOptions:
     asid: int = 0
     physical_bits: int = 48
     cpuid: Cpuid = _no_cpuid
+    patches_vmcall: Callable[[], bool] = _never
     intercept_rdtsc: bool = False
     exit_on_pause: bool = False
     ticks_per_tsc: int = 1

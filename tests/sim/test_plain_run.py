@@ -57,6 +57,22 @@ def test_sse_registers_come_out():
     assert bytes(ffi.buffer(fpu.xmm))[16:32] == b"\x44\x33\x22\x11".ljust(16, b"\0")
 
 
+@pytest.mark.parametrize("quirk", [True, False])
+def test_vmcall_is_patched_unless_the_quirk_is_off(quirk):
+    # vmcall; hlt
+    vm = Vm(bytes.fromhex("0f01c1 f4"))
+    vm.ram.write(pack("<HH", 0x2000, 0), 6 * 4)  # #UD, in real mode
+    vm.ram.write(b"\xf4", 0x2000)
+    if not quirk:
+        cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_DISABLE_QUIRKS2)
+        cap.args[0] = lib.KVM_X86_QUIRK_FIX_HYPERCALL_INSN
+        vm.ok(vm.ioctl(vm.vm, lib.KVM_ENABLE_CAP, cap))
+    vm.set_regs(rax=11, rsp=0x8000)  # KVM_HC_SCHED_YIELD
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    expected = (0, CODE + 4, b"\x0f\x01\xd9") if quirk else (11, 0x2001, b"\x0f\x01\xc1")
+    assert (vm.regs.rax, vm.regs.rip, vm.ram.read(3, CODE)) == expected
+
+
 def test_out_exits_with_its_bytes():
     vm = Vm(bytes.fromhex("b83412 baf803 ef f4"))  # mov ax, 0x1234; mov dx, 0x3f8; out dx, ax
     assert vm.enter() == (OK, lib.KVM_EXIT_IO)

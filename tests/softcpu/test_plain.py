@@ -178,6 +178,28 @@ def test_cpuid_when_plain_asks_the_callback() -> None:
 
 
 @pytest.mark.parametrize("svme", [0, 0x1000])
+def test_vmcall_when_it_is_patched_is_a_vmmcall_from_then_on(svme: int) -> None:
+    asked = []
+    guest = Guest(snp=False, patches_vmcall=lambda: not asked.append(1))
+    guest.start(bytes.fromhex("0f01c1 ebfb"), efer=svme)  # and back to it
+    assert [guest.cpu.run(1000), guest.cpu.run(1000)] == [Vmmcall(), Vmmcall()]
+    assert guest.cpu.read("rip") == 0x1003
+    assert guest.read(0x1000, 3) == 0xD9010F
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("cpl", "vector"), [(0, 6), (3, 13)])
+def test_vmcall_when_it_is_not_patched_is_a_fault(cpl: int, vector: int) -> None:
+    guest = Guest(snp=False, patches_vmcall=lambda: cpl == 3)
+    start_protected(guest, bytes.fromhex("0f01c1"), cpl=cpl)
+    seen = []
+    guest.cpu.on_exception = lambda number, _code: seen.append(number)
+    guest.cpu.run(1000)
+    assert seen[0] == vector
+    assert guest.read(0x1000, 3) == 0xC1010F
+
+
+@pytest.mark.parametrize("svme", [0, 0x1000])
 def test_vmmcall_when_plain_is_an_event(svme: int) -> None:
     cpu = plain("0f01d9", efer=svme)
     assert cpu.run(1000) == Vmmcall()

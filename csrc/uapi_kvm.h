@@ -731,7 +731,6 @@ struct kvm_clock_data {
 	uint32_t pad[4];
 };
 
-#define KVM_CLOCK_TSC_STABLE 2
 #define KVM_CLOCK_REALTIME (1 << 2)
 #define KVM_CLOCK_HOST_TSC (1 << 3)
 

@@ -60,6 +60,8 @@ class Ioeventfds:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._places: dict[_Place, Eventfd] = {}
+        self.waiting: list[Eventfd] = []
+        """To be signalled, once user space sees what the guest has written before."""
 
     def command(self, arg: int) -> int:
         """KVM_IOEVENTFD."""
@@ -72,12 +74,19 @@ class Ioeventfds:
         """A guest's write; ``bus`` is 0 for memory, KVM_IOEVENTFD_FLAG_PIO for ports."""
         for place, event in self._places.items():
             if place.takes(bus, address, data):
-                os.eventfd_write(event.fd, 1)
+                self.waiting.append(event)
                 return True
         return False
 
+    def signal(self) -> None:
+        """Wake those who wait for what was written."""
+        for event in self.waiting:
+            os.eventfd_write(event.fd, 1)
+        self.waiting.clear()
+
     def close(self) -> None:
         """The VM is gone."""
+        self.signal()
         for event in self._places.values():
             os.close(event.fd)
         self._places.clear()
@@ -103,6 +112,7 @@ class Ioeventfds:
         found = self._places.get(_place(given))
         if found is None or found.id != event.id:
             refuse(errno.ENOENT)
+        self.signal()
         del self._places[_place(given)]
         os.close(found.fd)
         return 0
@@ -196,6 +206,7 @@ class Irqfds:
             os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
         except BlockingIOError:
             return  # its owner was faster
+        self._vm.host.user.has_written()
         self._vm.irq.raise_line(self._vm, irqfd.gsi, 1)
         self._vm.irq.raise_line(self._vm, irqfd.gsi, 0)
 

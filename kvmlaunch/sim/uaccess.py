@@ -78,6 +78,9 @@ class UserSpace(Protocol):
     def wants_sync(self, *, idle: bool) -> bool:
         """Whether it is time for `sync` while a guest runs, or (``idle``) waits."""
 
+    def has_written(self) -> None:
+        """User space says, but not by a call, that it has written what a guest must see now."""
+
     @property
     def caller(self) -> Caller:
         """The thread that issues the call."""
@@ -146,6 +149,9 @@ class OwnProcess:
     def wants_sync(self, *, idle: bool) -> bool:
         """Never."""
         return False
+
+    def has_written(self) -> None:
+        """The guest sees it already."""
 
     @property
     def caller(self) -> threading.Thread:

@@ -96,6 +96,7 @@ class VcpuRun:
                     return 0
             return self._wait_for_start() if waiting else self._loop()
         finally:
+            self._signal()
             with vm.host.lock:
                 self._after_run()
             vm.scheduler.leave(vcpu.seat)
@@ -151,11 +152,13 @@ class VcpuRun:
                 refuse(errno.EINTR)
             self._sync(idle=False)  # the call that ended a wait may have come after a write
             try:
-                if not self._step(min(ticks, _RUN_TICKS)):
-                    return 0
+                done = not self._step(min(ticks, _RUN_TICKS))
             except MemoryFault as fault:
                 exits.memory_fault(vcpu.run, fault.gpa, PAGE_SIZE, private=fault.private)
                 refuse(fault.errno)
+            self._signal()
+            if done:
+                return 0
             if self._window_is_open():
                 vcpu.run.exit_reason = lib.KVM_EXIT_IRQ_WINDOW_OPEN
                 return 0
@@ -165,6 +168,14 @@ class VcpuRun:
         if vm.host.user.wants_sync(idle=idle):
             with vm.host.gate.stopped(), vm.host.lock:
                 vm.sync_user_memory()
+
+    def _signal(self) -> None:
+        """Let ioeventfds be seen, after what the guest wrote to memory before."""
+        vm = self.vcpu.vm
+        if vm.ioeventfds.waiting:
+            with vm.host.gate.stopped(), vm.host.lock:
+                vm.sync_user_memory()
+                vm.ioeventfds.signal()
 
     def _step(self, ticks: int) -> int:
         vcpu, vm = self.vcpu, self.vcpu.vm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import threading
 import time
 
@@ -11,7 +13,7 @@ from kvmlaunch.sim.uaccess import OwnProcess
 from kvmlaunch.uapi import address_of, ffi, lib, peek, poke
 from tests.host import require_simulated_cpu
 
-from .driver import PAGE, simulated
+from .driver import PAGE, simulated, struct
 from .plain_vm import CODE, Vm
 from .test_plain_run import OK
 
@@ -31,6 +33,9 @@ class Copies(OwnProcess):
             poke(here, peek(address, PAGE))
             self._pages[address] = keep, here, peek(address, PAGE)
         return self._pages[address][1]
+
+    def has_copy(self, address: int) -> bool:
+        return address in self._pages
 
     def wants_sync(self, *, idle: bool) -> bool:
         return self.due or idle
@@ -64,7 +69,8 @@ def test_guest_that_runs_on_sees_what_user_space_writes(user):
         results = []
         thread = threading.Thread(target=lambda: results.append(vm.enter()))
         thread.start()
-        time.sleep(0.05)
+        while not user.has_copy(vm.ram.address + 0x3000):
+            time.sleep(0.001)
         vm.ram.write(b"\1", 0x3000)
         time.sleep(0.05)
         assert not results, "nothing told the guest yet"
@@ -73,3 +79,24 @@ def test_guest_that_runs_on_sees_what_user_space_writes(user):
         assert results == [(OK, lib.KVM_EXIT_HLT)]
         assert vm.ram.read(1, 0x4000) == b"\1"
         assert vm.regs.rip == CODE + len(WAIT)
+
+
+# mov word [0x3000], 7; mov al, 1; out 0x10, al; jmp $
+KICK = bytes.fromhex("c70600300700 b001 e610 ebfe")
+
+
+def test_ioeventfd_is_signalled_after_what_the_guest_wrote_before(user):
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    with simulated(user=user) as platform:
+        vm = Vm(KICK, platform=platform)
+        flags = lib.KVM_IOEVENTFD_FLAG_PIO
+        args = struct("kvm_ioeventfd", addr=0x10, len=1, fd=event, flags=flags)
+        vm.ok(vm.ioctl(vm.vm, lib.KVM_IOEVENTFD, args))
+        thread = threading.Thread(target=vm.enter)
+        thread.start()
+        assert select.select([event], [], [], 10)[0] == [event]
+        assert vm.ram.read(2, 0x3000) == b"\7\0"
+        vm.run.immediate_exit = 1
+        thread.join(10)
+        assert not thread.is_alive()
+    os.close(event)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmlaunch.sim import coalesced, mce
+from kvmlaunch.sim import coalesced, kvmclock, mce
 from kvmlaunch.sim.host import Host
 from kvmlaunch.sim.irq import MAX_ROUTES
 from kvmlaunch.uapi import lib
@@ -65,7 +65,7 @@ _PLAIN = {
     lib.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
     lib.KVM_CAP_INTERNAL_ERROR_DATA: 1,
     lib.KVM_CAP_SIGNAL_MSI: 1,
-    lib.KVM_CAP_ADJUST_CLOCK: lib.KVM_CLOCK_TSC_STABLE,
+    lib.KVM_CAP_ADJUST_CLOCK: kvmclock.FLAGS,
     lib.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     lib.KVM_CAP_X86_ROBUST_SINGLESTEP: 1,
     lib.KVM_CAP_SET_IDENTITY_MAP_ADDR: 1,

@@ -227,6 +227,7 @@ class VcpuRun:
         vcpu.has_run = True
         if not self.load():
             return self._fail_entry(None)
+        vcpu.vm.clock.update(vcpu)
         vcpu.vm.flush_if_changed()
         event = self._inject()
         if event is not None:

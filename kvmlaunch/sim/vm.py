@@ -15,6 +15,7 @@ from kvmlaunch.sim.fdtable import File
 from kvmlaunch.sim.guest_memfd import GuestMemfd
 from kvmlaunch.sim.guest_memory import VmMemory
 from kvmlaunch.sim.host import Host
+from kvmlaunch.sim.kvmclock import Kvmclock
 from kvmlaunch.sim.msr_filter import MsrFilter, set_filter
 from kvmlaunch.sim.scheduler import Scheduler
 from kvmlaunch.sim.sev import SevVm, encrypt_op, register_region, unregister_region
@@ -63,6 +64,7 @@ class Vm:
         self.running: Vcpu | None = None
         self.slots = Slots(self)
         self.coalesced = CoalescedZones()
+        self.clock = Kvmclock(self)
         self.attributes = Attributes(self)
         self.sev = SevVm(self)
         self.memory = VmMemory(self)
@@ -385,15 +387,11 @@ class VmFile(File):
         return self.vm.tsc_khz
 
     def _get_clock(self, arg: int) -> int:
-        """The guest's time, in nanoseconds: it goes on only while guest code runs."""
-        clock = ffi.new("struct kvm_clock_data *")
-        clock.flags = lib.KVM_CLOCK_TSC_STABLE
-        clock.clock = self.vm.guest_ticks * 1_000_000 // self.vm.tsc_khz
-        copy_out(self._user, arg, clock)
+        copy_out(self._user, arg, self.vm.clock.get())
         return 0
 
     def _set_clock(self, arg: int) -> int:
-        copy_in(self._user, "kvm_clock_data", arg)
+        self.vm.clock.set(copy_in(self._user, "kvm_clock_data", arg))
         return 0
 
     def _unsimulated(self, arg: int) -> int:

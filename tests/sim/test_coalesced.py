@@ -9,9 +9,10 @@ import pytest
 from kvmlaunch.uapi import ffi, lib
 
 from .driver import PAGE, Driver, simulated, struct
+from .plain_vm import Vm
 from .scripted import asks
 from .test_ghcb_events import IN_BUFFER, answered, ioio
-from .test_plain_run import OK, Vm
+from .test_plain_run import OK
 
 EINVAL = (-1, errno.EINVAL)
 # mov ax, 0x1234; out 0x80, ax; out 0x80, ax; hlt

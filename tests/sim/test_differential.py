@@ -24,8 +24,6 @@ TOP = 1 << 64
 # Step -> why this machine's answer may differ from that of an SNP host. PVM: the kernel
 # here runs guests without hardware virtualization (vendor module kvm_pvm).
 PVM = {
-    "cap ADJUST_CLOCK": "the simulated clock goes on only while a guest runs: no REALTIME",
-    "vm cap ADJUST_CLOCK": "the same",
     "create_vm type 2": "PVM has no SEV",
     "create_vm type 3": "the same",
     "create_vm type 4": "PVM has no SNP",

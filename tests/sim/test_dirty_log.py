@@ -9,7 +9,8 @@ import pytest
 from kvmlaunch.uapi import address_of, ffi, lib
 
 from .driver import PAGE, Guest, Memory, simulated, struct
-from .test_plain_run import CODE, OK, Vm
+from .plain_vm import CODE, Vm
+from .test_plain_run import OK
 
 LOG, RO = lib.KVM_MEM_LOG_DIRTY_PAGES, lib.KVM_MEM_READONLY
 EINVAL = (-1, errno.EINVAL)

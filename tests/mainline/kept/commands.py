@@ -7,6 +7,7 @@ from tests.mainline.kept.common import (
     ADDRESSES,
     BAD_FDS,
     BARE,
+    HOST,
     PLAIN,
     READY,
 )
@@ -26,9 +27,10 @@ from tests.mainline.script import (
     start,
     update,
     vcpu,
+    vm,
 )
 
-__all__ = ["entry", "init2_cases", "start_cases"]
+__all__ = ["entry", "init2_cases", "sev_cases", "start_cases"]
 
 
 _DEBUG_SWAP = 5
@@ -60,7 +62,7 @@ def entry() -> dict[str, Script]:
     commands = [sev("vm", command, error=7) for command in others]
     out["command before INIT2"] = [*BARE, *commands]
     out["command after FINISH"] = launch(update(), finish(), *commands, init2())
-    # KVM_SEV_INIT and KVM_SEV_ES_INIT make a plain VM an SEV guest, which isn't simulated.
+    # KVM_SEV_INIT and KVM_SEV_ES_INIT make a plain VM an SEV guest: see sev_cases().
     out["command on a plain vm"] = [*PLAIN, *commands[2:]]
     return out
 
@@ -84,6 +86,39 @@ def init2_cases() -> dict[str, Script]:
         out[f"INIT2 ghcb version {version}"] = [*BARE, *refused, init2(ghcb_version=version)]
     data = [sev("vm", "KVM_SEV_INIT2", address) for address in ADDRESSES.values()]
     out["INIT2 data nowhere"] = [*BARE, *data, init2()]
+    return out
+
+
+def sev_cases() -> dict[str, Script]:
+    """SEV and SEV-ES guests, up to their launch, which isn't simulated."""
+    out: dict[str, Script] = {}
+    for vm_type in (lib.KVM_X86_SEV_VM, lib.KVM_X86_SEV_ES_VM):
+        bare = [*HOST, vm(vm_type=vm_type)]
+        unknown = [bit for bit in range(64) if bit != _DEBUG_SWAP]
+        caps = [
+            ioctl("vm", "KVM_CHECK_EXTENSION", getattr(lib, f"KVM_CAP_{name}"))
+            for name in ("READONLY_MEM", "SYNC_REGS", "X86_SMM", "MEMORY_ATTRIBUTES")
+        ]
+        data = [sev("vm", "KVM_SEV_INIT2", address) for address in ADDRESSES.values()]
+        out[f"INIT2 of type {vm_type}"] = [
+            *(*bare, *caps, *data, *(init2(flags=1 << bit) for bit in range(32))),
+            *(init2(vmsa_features=1 << bit) for bit in unknown),
+            *(*(init2(ghcb_version=n) for n in (3, 0xFFFF)), init2(), init2(), *caps),
+            *(start(), update(), finish(), sev("vm", "KVM_SEV_INIT"), sev("vm", "KVM_SEV_ES_INIT")),
+        ]
+        for version in (1, 2):
+            script = [*bare, init2(ghcb_version=version), init2()]
+            out[f"INIT2 of type {vm_type} with ghcb version {version}"] = script
+        out[f"INIT2 of type {vm_type} after a vcpu"] = [*bare, vcpu(), init2()]
+        out[f"command before INIT2 of type {vm_type}"] = [
+            *bare,
+            *(sev("vm", command, error=7) for command in range(22)),
+        ]
+    for command in ("KVM_SEV_INIT", "KVM_SEV_ES_INIT"):
+        out[f"{command} of a plain vm"] = [
+            *(*PLAIN, sev("vm", command, error=7), sev("vm", command), init2()),
+            *(vm("late", vm_type=0), vcpu(vm="late"), sev("late", command)),
+        ]
     return out
 
 

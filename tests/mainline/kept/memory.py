@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvmlaunch.uapi import lib
 from tests.mainline.kept.common import (
     BAD_FDS,
     BARE,
@@ -31,7 +32,55 @@ from tests.mainline.script import (
     vm,
 )
 
-__all__ = ["memory", "slots"]
+__all__ = ["logs_and_zones", "memory", "slots"]
+
+_NO_SLOTS = (5, 32764, 0xFFFF, 1 << 16, 2 << 16)
+
+
+def logs_and_zones() -> dict[str, Script]:
+    """The dirty log, coalesced MMIO, and other small VM ioctls."""
+
+    def get(slot: int = 0, bitmap: str | int = "arena") -> Step:
+        return ioctl("vm", "KVM_GET_DIRTY_LOG", {"slot": slot, "dirty_bitmap": bitmap})
+
+    def clear(slot: int = 0, first: int = 0, pages: int = RAM_PAGES) -> Step:
+        log = {"slot": slot, "first_page": first, "num_pages": pages, "dirty_bitmap": "arena"}
+        return ioctl("vm", "KVM_CLEAR_DIRTY_LOG", log)
+
+    def manual(options: int, **more: int) -> Step:
+        cap = lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
+        return ioctl("vm", "KVM_ENABLE_CAP", {"cap": cap, "args": [options], **more})
+
+    def zone(name: str, **fields: int) -> Step:
+        return ioctl("vm", f"KVM_{name}_COALESCED_MMIO", {"addr": 0x1000, "size": 8, **fields})
+
+    numbers = [step(slot=slot) for slot in _NO_SLOTS for step in (get, clear)]
+    ranges = [clear(first=first, pages=n) for first in (0, 1, 64) for n in (0, 1, 8, 9)]
+    return {
+        "dirty log": [
+            *(*PLAIN, get(), slot_v1(flags=1), get(), get(bitmap=8), get(bitmap="kernel")),
+            *(clear(), *ranges, *numbers, slot_v1(), get()),
+        ],
+        "dirty log of an snp vm": [*READY, slot_v1(flags=1), get(), clear(), *numbers],
+        "dirty log by hand": [
+            *(*PLAIN, *(manual(options) for options in (2, 4, 0, 1)), manual(1, flags=1)),
+            *(slot_v1(flags=1), get(), manual(3), slot_v1(flags=0), slot_v1(flags=1), get()),
+            *(clear(), get()),
+        ],
+        "coalesced zones": [
+            *(*PLAIN, zone("REGISTER"), zone("REGISTER", pio=1), zone("REGISTER", pio=2)),
+            *(zone("UNREGISTER"), zone("UNREGISTER"), zone("UNREGISTER", pio=2)),
+            *(ioctl("vm", f"KVM_{name}_COALESCED_MMIO", 8) for name in ("REGISTER", "UNREGISTER")),
+        ],
+        "mmu pages": [
+            *PLAIN,
+            *(ioctl("vm", "KVM_SET_NR_MMU_PAGES", n) for n in (0, 63, 64, TOP - 1)),
+        ],
+        "set clock": [
+            *(*PLAIN, ioctl("vm", "KVM_SET_CLOCK", 8), ioctl("vm", "KVM_GET_CLOCK", 8)),
+            *(ioctl("vm", "KVM_SET_CLOCK", {"flags": 1 << bit}) for bit in range(32)),
+        ],
+    }
 
 
 def slots() -> dict[str, Script]:

@@ -675,7 +675,7 @@ struct kvm_irqfd {
 #define KVM_IOEVENTFD_FLAG_PIO (1 << 1)
 #define KVM_IOEVENTFD_FLAG_DEASSIGN (1 << 2)
 #define KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY (1 << 3)
-#define KVM_IOEVENTFD_FLAG_FAST_MMIO (1 << 4)
+#define KVM_IOEVENTFD_VALID_FLAG_MASK 0x1f
 
 struct kvm_ioeventfd {
 	uint64_t datamatch;

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["Ioeventfds", "Irqfds"]
 
 _PIO, _CCW = lib.KVM_IOEVENTFD_FLAG_PIO, lib.KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY
-# FAST_MMIO isn't in the header, but in KVM_IOEVENTFD_VALID_FLAG_MASK; it changes nothing.
-_IO_FLAGS = (
-    lib.KVM_IOEVENTFD_FLAG_DATAMATCH | lib.KVM_IOEVENTFD_FLAG_DEASSIGN | _PIO | _CCW
-) | lib.KVM_IOEVENTFD_FLAG_FAST_MMIO
 _IRQ_FLAGS = lib.KVM_IRQFD_FLAG_DEASSIGN | lib.KVM_IRQFD_FLAG_RESAMPLE
 _MOST_DEVICES = 1000  # NR_IOBUS_DEVS counts only others, but nothing here should be without end
 
@@ -95,7 +91,7 @@ class Ioeventfds:
         if given.len not in (0, 1, 2, 4, 8) or given.addr + given.len >> 64:
             refuse(errno.EINVAL)
         matches = given.flags & lib.KVM_IOEVENTFD_FLAG_DATAMATCH
-        if given.flags & ~_IO_FLAGS or (matches and not given.len):
+        if given.flags & ~lib.KVM_IOEVENTFD_VALID_FLAG_MASK or (matches and not given.len):
             refuse(errno.EINVAL)
         event = self._vm.host.user.eventfd(given.fd)
         place = _place(given)

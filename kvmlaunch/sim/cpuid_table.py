@@ -14,7 +14,7 @@ from kvmlaunch.uapi import ffi, lib
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
 
-__all__ = ["answer", "find_leaf", "get_cpuid", "set_cpuid"]
+__all__ = ["answer", "find_leaf", "get_cpuid", "kvm_features", "set_cpuid"]
 
 _MAX_ENTRIES = 256
 _HEADER = ffi.sizeof("struct kvm_cpuid2")
@@ -26,6 +26,9 @@ _XFEATURES_EXTENDED = ((1 << 64) - 1) & ~0x3
 _MISC_ENABLE = 0x1A0
 _VIRTUAL_BITS = (0, 48, 57)
 _DEFAULT_WIDTH = 36
+_HYPERVISOR_BASES = range(0x40000000, 0x40010000, 0x100)
+_KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
+_PV_UNHALT = 7
 _TOPOLOGY = (0xB, 0x1F)
 
 
@@ -95,6 +98,24 @@ def find_leaf(table: bytes, function: int, index: int = 0) -> Any:
     return None if entry is None else ffi.new("struct kvm_cpuid_entry2 *", entry)
 
 
+def kvm_features(table: bytes) -> int:
+    """EAX of KVM's own feature leaf; 0 where the table has no KVM signature."""
+    found = _kvm_features(_entries(table))
+    return 0 if found is None else int(found.eax)
+
+
+def _kvm_features(entries: Any) -> Any:
+    """kvm_find_kvm_cpuid_features()."""
+    for base in _HYPERVISOR_BASES:
+        entry = _find(entries, base)
+        if entry is None:
+            continue
+        words = (entry.ebx, entry.ecx, entry.edx)
+        if b"".join(int(word).to_bytes(4, "little") for word in words) == _KVM_SIGNATURE:
+            return _find(entries, base | 1)
+    return None
+
+
 def _comparable(vcpu: Vcpu, table: bytes) -> list[bytes]:
     """What kvm_cpuid_check_equal() compares: padding isn't."""
     used = ffi.offsetof("struct kvm_cpuid_entry2", "padding")
@@ -114,6 +135,9 @@ def _at_runtime(vcpu: Vcpu, table: bytes, *, cr4: int, xcr0: int) -> Any:
             _set_bit(basic, "ecx", _MONITOR, state.msrs[_MISC_ENABLE] >> 18 & 1)
     if structured is not None:
         _set_bit(structured, "ecx", _OSPKE, cr4 >> 22 & 1)
+    features = _kvm_features(entries) if vcpu.vm.hlt_in_guest else None
+    if features is not None:
+        _set_bit(features, "eax", _PV_UNHALT, 0)
     extended = xcr0 & _XFEATURES_EXTENDED
     sizes, compact = _find(entries, _XSAVE), _find(entries, _XSAVE, 1)
     if sizes is not None:

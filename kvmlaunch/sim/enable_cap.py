@@ -1,4 +1,4 @@
-"""KVM_ENABLE_CAP on a VM (x86.c: kvm_vm_ioctl_enable_cap)."""
+"""KVM_ENABLE_CAP on a VM and on a vCPU (x86.c: kvm_vm_ioctl_enable_cap() and its twin)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
+    from kvmlaunch.sim.vcpu import Vcpu
     from kvmlaunch.sim.vm import Vm
 
-__all__ = ["enable_cap"]
+__all__ = ["enable_cap", "enable_vcpu_cap"]
 
 _MSR_EXIT_REASONS = (
     lib.KVM_MSR_EXIT_REASON_INVAL | lib.KVM_MSR_EXIT_REASON_UNKNOWN | lib.KVM_MSR_EXIT_REASON_FILTER
@@ -35,12 +36,22 @@ def enable_cap(vm: Vm, cap: Any) -> int:
         lib.KVM_CAP_DISABLE_QUIRKS2: _disable_quirks,
         lib.KVM_CAP_X86_USER_SPACE_MSR: _user_space_msr,
         lib.KVM_CAP_MSR_PLATFORM_INFO: _platform_info,
+        lib.KVM_CAP_X86_DISABLE_EXITS: _disable_exits,
+        lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _exit_on_emulation_failure,
         lib.KVM_CAP_MAX_VCPU_ID: _max_vcpu_id,
         lib.KVM_CAP_X86_APIC_BUS_CYCLES_NS: _apic_bus_cycles,
     }.get(cap.cap)
     if handler is None:
         refuse(errno.EINVAL)
     handler(vm, cap.args[0])
+    return 0
+
+
+def enable_vcpu_cap(vcpu: Vcpu, cap: Any) -> int:
+    """The only capability of a vCPU is to have no more of KVM's own features than CPUID says."""
+    if cap.flags or cap.cap != lib.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+        refuse(errno.EINVAL)
+    vcpu.enforce_pv_features = bool(cap.args[0])
     return 0
 
 
@@ -79,6 +90,19 @@ def _user_space_msr(vm: Vm, reasons: int) -> None:
     if reasons & ~_MSR_EXIT_REASONS:
         refuse(errno.EINVAL)
     vm.msr_exits = reasons
+
+
+def _exit_on_emulation_failure(vm: Vm, on: int) -> None:
+    if on & ~1:
+        refuse(errno.EINVAL)
+    vm.exit_on_emulation_failure = bool(on)
+
+
+def _disable_exits(vm: Vm, exits: int) -> None:
+    """Of these only HLT makes a difference: the others never leave KVM here."""
+    if exits & ~caps.DISABLED_EXITS:
+        refuse(errno.EINVAL)
+    vm.hlt_in_guest = vm.hlt_in_guest or bool(exits & lib.KVM_X86_DISABLE_EXITS_HLT)
 
 
 def _platform_info(vm: Vm, readable: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from kvmlaunch.uapi import ffi, lib
 
 __all__ = [
+    "FAULT_USER",
+    "NESTED_FAULT",
     "PIO_DATA_OFFSET",
     "debug",
     "emulation_failure",
@@ -31,8 +33,12 @@ __all__ = [
 PIO_DATA_OFFSET = 0x1000
 """KVM_PIO_PAGE_OFFSET, in bytes."""
 
+NESTED_FAULT, FAULT_USER = 0x400, 1 << 2
+"""Exit code of a nested page fault, and its bit for a user's access, which all are."""
+
 _ENTRY_FAILED = 0xFFFFFFFF  # SVM_EXIT_ERR, which 6.12 keeps in 32 bits
 _LAST_CPU = 0
+_NOP = b"\x90"
 _DEBUG_VECTOR = 1
 
 
@@ -121,14 +127,22 @@ def fail_entry(run: Any) -> None:
     run.fail_entry.cpu = _LAST_CPU
 
 
-def emulation_failure(run: Any, exit_code: int, info_1: int, info_2: int) -> None:
-    """KVM_EXIT_INTERNAL_ERROR without instruction bytes (prepare_emulation_failure_exit)."""
+def emulation_failure(
+    run: Any, exit_code: int, info_1: int, info_2: int, code: bytes = b""
+) -> None:
+    """KVM_EXIT_INTERNAL_ERROR, with what was fetched (prepare_emulation_failure_exit)."""
     run.exit_reason = lib.KVM_EXIT_INTERNAL_ERROR
     run.emulation_failure.suberror = lib.KVM_INTERNAL_ERROR_EMULATION
     run.emulation_failure.flags = 0
-    for at, value in enumerate((exit_code, info_1, info_2, 0, 0), 1):
+    if code:
+        failure = run.emulation_failure
+        failure.flags = lib.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        failure.insn_size = len(code)
+        ffi.buffer(failure.insn_bytes)[:] = code.ljust(len(failure.insn_bytes), _NOP)
+    first = 3 if code else 1
+    for at, value in enumerate((exit_code, info_1, info_2, 0, 0), first):
         run.internal.data[at] = value
-    run.emulation_failure.ndata = 6
+    run.emulation_failure.ndata = first + 5
 
 
 def unexpected_exit(run: Any, exit_code: int) -> None:

@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim import exits, psc
+from kvmlaunch.sim import exits, psc, pv_features
 from kvmlaunch.sim.ghcb import Ghcb
 from kvmlaunch.uapi import lib
 
@@ -19,6 +19,11 @@ _U32, _U64 = 0xFFFFFFFF, (1 << 64) - 1
 _ENOSYS = 1000  # KVM_ENOSYS of uapi/linux/kvm_para.h; the others are those of errno
 # uapi/linux/kvm_para.h: the hypercalls that stay in the kernel.
 _VAPIC_POLL_IRQ, _KICK_CPU, _CLOCK_PAIRING, _SEND_IPI, _SCHED_YIELD = 1, 5, 9, 10, 11
+_FEATURES = {
+    _KICK_CPU: pv_features.KICK_CPU_FEATURE,
+    _SEND_IPI: pv_features.SEND_IPI_FEATURE,
+    _SCHED_YIELD: pv_features.SCHED_YIELD_FEATURE,
+}
 _EFER_LMA = 1 << 10
 _SEGMENT_L = 1 << 9
 
@@ -67,6 +72,9 @@ def _emulate(vcpu: Vcpu, registers: dict[str, int], *, is_64_bit: bool, cpl: int
         return -errno.EPERM
     if number == lib.KVM_HC_MAP_GPA_RANGE:
         return _map_gpa_range(vcpu, *arguments[:3], is_64_bit=is_64_bit)
+    feature = _FEATURES.get(number)
+    if feature is not None and not pv_features.guest_has(vcpu, feature):
+        return -_ENOSYS
     if number in (_VAPIC_POLL_IRQ, _KICK_CPU, _SCHED_YIELD):
         return 0
     if number in (_CLOCK_PAIRING, _SEND_IPI):

@@ -14,17 +14,27 @@ __all__ = [
     "ADDRESSES",
     "APIC",
     "APIC_BASE",
+    "ASYNC_PF_ACK",
+    "ASYNC_PF_EN",
+    "ASYNC_PF_INT",
     "FEATURES",
     "HOST_ONLY",
     "PASSED_THROUGH",
     "PLAIN",
     "PLATFORM_INFO",
+    "POLL_CONTROL",
+    "PV_EOI_EN",
     "RESERVED",
     "SAVED",
+    "STEAL_TIME",
+    "SYSTEM_TIME",
+    "SYSTEM_TIME_NEW",
     "TSC",
     "TSC_ADJUST",
     "U64",
     "VMCB",
+    "WALL_CLOCK",
+    "WALL_CLOCK_NEW",
     "transfer",
 ]
 
@@ -35,9 +45,12 @@ EFER, PAT, DEBUGCTL, XSS = 0xC0000080, 0x277, 0x1D9, 0xDA0
 SYSENTER_ESP, SYSENTER_EIP = 0x175, 0x176
 FS_BASE, GS_BASE, APIC_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0x1B, 0xC0000103
 
-TSC, TSC_ADJUST, POLL_CONTROL = 0x10, 0x3B, 0x4B564D05
+TSC, TSC_ADJUST = 0x10, 0x3B
 PLATFORM_INFO, HWCR = 0xCE, 0xC0010015
 SMBASE, SMI_COUNT = 0x9E, 0x34
+WALL_CLOCK, SYSTEM_TIME = 0x11, 0x12
+WALL_CLOCK_NEW, SYSTEM_TIME_NEW, ASYNC_PF_EN, STEAL_TIME = range(0x4B564D00, 0x4B564D04)
+PV_EOI_EN, POLL_CONTROL, ASYNC_PF_INT, ASYNC_PF_ACK = range(0x4B564D04, 0x4B564D08)
 U64 = (1 << 64) - 1
 APIC = frozenset({*range(0x800, 0x900), 0x6E0})
 """x2APIC registers and the TSC deadline."""
@@ -74,22 +87,30 @@ PLAIN: Mapping[int, int] = MappingProxyType(
         **mtrr.RESET,
         TSC_AUX: 0,
         HWCR: 0,
-        **dict.fromkeys((0x11, 0x12, *range(0x4B564D00, 0x4B564D05), 0x4B564D06, 0x4B564D08), 0),
+        WALL_CLOCK: 0,
+        SYSTEM_TIME: 0,
+        WALL_CLOCK_NEW: 0,
+        SYSTEM_TIME_NEW: 0,
+        ASYNC_PF_EN: 0,
+        STEAL_TIME: 0,
+        PV_EOI_EN: 0,
         POLL_CONTROL: 1,
+        ASYNC_PF_INT: 0,
+        ASYNC_PF_ACK: 0,
     }
 )
 """MSR -> reset value, kept by KVM and never in the VMSA.
 
-Those of KVM itself (0x11, 0x12, 0x4B564Dxx) have no effect here: no clock is written.
+Those of KVM itself (WALL_CLOCK and so on) have no effect here: no clock is written.
 """
 
 RESERVED: Mapping[int, int] = MappingProxyType(
     {
-        0x4B564D02: 0x30,  # ASYNC_PF_EN
-        0x4B564D03: 0x3E,  # STEAL_TIME
+        ASYNC_PF_EN: 0x30,
+        STEAL_TIME: 0x3E,
+        PV_EOI_EN: 0x2,
         POLL_CONTROL: ~1,
-        0x4B564D06: ~0xFF,  # ASYNC_PF_INT
-        0x4B564D08: ~1,  # MIGRATION_CONTROL
+        ASYNC_PF_INT: ~0xFF,
     }
 )
 """MSR -> bits that must be 0 (kvm_set_msr_common())."""

@@ -22,6 +22,27 @@ if TYPE_CHECKING:
 __all__ = ["handlers"]
 
 
+_UD = 6
+_PREFIXES = frozenset(b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
+_REX = range(0x40, 0x50)
+_X87 = range(0xD8, 0xE0)
+_X87_KNOWN = ((0xD9, 7), (0xDD, 7))  # FNSTCW, FNSTSW
+
+
+def _kvm_lacks(code: bytes, bits: int) -> bool:
+    """Whether KVM's emulator has no such instruction: x87 that reads memory.
+
+    It lacks others, which this CPU executes.
+    """
+    at = 0
+    while code[at : at + 1] and (code[at] in _PREFIXES or (bits == 64 and code[at] in _REX)):
+        at += 1
+    opcode, modrm = code[at : at + 1], code[at + 1 : at + 2]
+    if not modrm or opcode[0] not in _X87:
+        return False
+    return (opcode[0], modrm[0] >> 3 & 7) not in _X87_KNOWN
+
+
 def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
     """Event -> what KVM makes of it, for one vCPU."""
     vcpu = running.vcpu
@@ -50,7 +71,23 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
         exits.io(vcpu.run, is_in=False, port=event.port, size=event.size, count=1)
         return 0
 
+    def not_emulated(gpa: int) -> int:
+        """handle_emulation_failure(): #UD, which an exit tells of where CPL is 0."""
+        cpu = running.live_cpu
+        code, cpl = cpu.code(), cpu.read("cpl")
+        vcpu.pull_state()
+        running.unload()
+        always = vcpu.vm.exit_on_emulation_failure
+        if not always:
+            running.exception = (_UD, None)
+        if not always and cpl:
+            return 1
+        exits.emulation_failure(vcpu.run, exits.NESTED_FAULT, exits.FAULT_USER, gpa, code)
+        return 0
+
     def mmio_read(event: MmioRead) -> int:
+        if _kvm_lacks(running.live_cpu.code(), running.live_cpu.code_bits):
+            return not_emulated(event.gpa)
         answer = vcpu.apic.read_mmio(event.gpa, event.size)
         if answer is not None:
             running.live_cpu.complete(int.from_bytes(answer, "little"))

@@ -48,6 +48,7 @@ class Vcpu:
         self.tsc_khz = vm.tsc_khz
         self.tsc_offset = 0
         self.guest_debug = 0
+        self.enforce_pv_features = False
         self.signal_mask: int | None = None
         self.has_run = False
         self.protected = False

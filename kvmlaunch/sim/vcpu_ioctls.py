@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.sim import interrupts, msrs, registers, vcpu_events, vcpu_msrs
 from kvmlaunch.sim.cpuid_table import get_cpuid, set_cpuid
+from kvmlaunch.sim.enable_cap import enable_vcpu_cap
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import ffi, lib
 
@@ -307,6 +308,10 @@ def _translate(vcpu: Vcpu, arg: int) -> int:
     return 0
 
 
+def _enable_cap(vcpu: Vcpu, arg: int) -> int:
+    return enable_vcpu_cap(vcpu, copy_in(vcpu.vm.host.user, "kvm_enable_cap", arg))
+
+
 def _get_device_attr(vcpu: Vcpu, arg: int) -> int:
     address = _tsc_offset_address(vcpu, arg)
     vcpu.vm.host.user.write(address, vcpu.tsc_offset.to_bytes(8, "little"))
@@ -413,6 +418,7 @@ HANDLERS: Mapping[int, Callable[[Vcpu, int], int]] = MappingProxyType(
         lib.KVM_SET_VAPIC_ADDR: _set_vapic_addr,
         lib.KVM_X86_SETUP_MCE: _setup_mce,
         lib.KVM_X86_SET_MCE: _unsimulated,
+        lib.KVM_ENABLE_CAP: _enable_cap,
         lib.KVM_GET_DEVICE_ATTR: _get_device_attr,
         lib.KVM_SET_DEVICE_ATTR: _set_device_attr,
         lib.KVM_HAS_DEVICE_ATTR: _has_device_attr,

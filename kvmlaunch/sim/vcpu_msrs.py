@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmlaunch.sim import cpuid_table, msrs
+from kvmlaunch.sim import cpuid_table, msrs, pv_features
 
 if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
@@ -16,7 +16,14 @@ _FEATURE_TSC_ADJUST = 1 << 1  # CPUID leaf 7 EBX
 
 def is_known(vcpu: Vcpu, index: int) -> bool:
     """Whether KVM has the MSR at all, whatever it says to a value or to who asks."""
+    if _lacks_feature(vcpu, index):
+        return False
     return index in msrs.APIC or vcpu.state.get_msr(index) is not None or index == msrs.TSC
+
+
+def _lacks_feature(vcpu: Vcpu, index: int) -> bool:
+    feature = pv_features.MSR_FEATURES.get(index)
+    return feature is not None and not pv_features.guest_has(vcpu, feature)
 
 
 def read(vcpu: Vcpu, index: int, *, by_guest: bool) -> int | None:
@@ -25,6 +32,8 @@ def read(vcpu: Vcpu, index: int, *, by_guest: bool) -> int | None:
         return vcpu.apic.read_msr(index)
     if index == msrs.TSC:
         return vcpu.guest_tsc()
+    if _lacks_feature(vcpu, index):
+        return None if by_guest else 0  # user space may read whatever KVM lists
     hidden = index == msrs.PLATFORM_INFO and not vcpu.vm.platform_info_readable
     if by_guest and (hidden or index in msrs.HOST_ONLY):
         return None
@@ -47,7 +56,12 @@ def write(vcpu: Vcpu, index: int, value: int, *, by_guest: bool) -> bool:
         return False
     if by_guest and not vcpu.state.machine_check.guest_may_set(index, value):
         return False
-    return vcpu.state.set_msr(index, value)
+    if _lacks_feature(vcpu, index):
+        return not by_guest and not value
+    if index in pv_features.MSR_FEATURES and not pv_features.value_allowed(vcpu, index, value):
+        return False
+    # An acknowledgement isn't kept.
+    return index == msrs.ASYNC_PF_ACK or vcpu.state.set_msr(index, value)
 
 
 def _set_apic_base(vcpu: Vcpu, value: int, by_guest: bool) -> bool:

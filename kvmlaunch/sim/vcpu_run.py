@@ -39,8 +39,7 @@ _EXIT_TICKS = 1000
 """What an exit costs, so that a guest that only exits uses up its turn."""
 _CR8_RESERVED = ~0xF
 _IF = 1 << 9
-_EXIT_NPF = 0x400
-_FAULT_USER, _FAULT_FETCH = 1 << 2, 1 << 4
+_FAULT_FETCH = 1 << 4
 
 
 class VcpuRun:
@@ -389,7 +388,8 @@ class VcpuRun:
         # A guest with encrypted state is resumed in any case (svm_check_emulate_instruction).
         if not there and self.vcpu.sev_es is None:
             fetch = _FAULT_FETCH if event.access is Access.FETCH else 0
-            exits.emulation_failure(self.vcpu.run, _EXIT_NPF, _FAULT_USER | fetch, event.gpa)
+            reason = exits.FAULT_USER | fetch
+            exits.emulation_failure(self.vcpu.run, exits.NESTED_FAULT, reason, event.gpa)
             return 0
         if event.reason is FaultReason.ABSENT:
             vm.memory_changed()
@@ -403,9 +403,12 @@ class VcpuRun:
         return 0
 
     def halt(self, state: int, reason: int) -> int:
-        """__kvm_emulate_halt(): wait in the kernel if the APIC is there, else exit."""
+        """__kvm_emulate_halt(): wait in the kernel if the APIC is there, else exit.
+
+        A HLT that KVM isn't told of waits in any case.
+        """
         vcpu = self.vcpu
-        if not vcpu.vm.irq.in_kernel:
+        if not vcpu.vm.irq.in_kernel and not vcpu.vm.hlt_in_guest:
             vcpu.run.exit_reason = reason
             return 0
         self._look(self.live_cpu)

@@ -57,6 +57,8 @@ class Vm:
         """KVM_CAP_X86_USER_SPACE_MSR: reasons to ask user space."""
         self.msr_filter: MsrFilter | None = None
         self.platform_info_readable = True
+        self.hlt_in_guest = False
+        self.exit_on_emulation_failure = False
         self.tsc = TscMatching()
         self.tsc_khz = host.tsc_khz
         self.pre_fault_allowed = not self.is_snp_type

@@ -452,6 +452,10 @@ class SoftCpu:
 
     # -- looking in
 
+    def code(self) -> bytes:
+        """Return 15 bytes at RIP, fewer where the next page is out of reach."""
+        return self._core.code()
+
     def read_linear(self, address: int, size: int) -> bytes | None:
         """Return guest memory by linear address, as a debugger sees it; None if it isn't there."""
         try:

@@ -1,0 +1,163 @@
+"""KVM's own MSRs and hypercalls, and KVM_CAP_ENFORCE_PV_FEATURE_CPUID (x86.c, cpuid.c)."""
+
+from __future__ import annotations
+
+import struct as packing
+
+import pytest
+
+from kvmlaunch.uapi import ffi, lib
+from tests.host import require_simulated_cpu
+
+from .driver import struct
+from .one_vcpu import EINVAL, OK, Machine
+from .plain_vm import Vm
+from .test_tsc import get_msr, msr_entry
+
+SIGNATURE = packing.unpack("<3I", b"KVMKVMKVM\0\0\0")
+FEATURES = {0x11: 0, 0x12: 0, 0x4B564D00: 3, 0x4B564D01: 3, 0x4B564D02: 4, 0x4B564D03: 5}
+FEATURES |= {0x4B564D04: 6, 0x4B564D05: 12, 0x4B564D06: 14, 0x4B564D07: 14}
+KICK_CPU, SCHED_YIELD = 5, 11
+KVM_ENOSYS = 1000
+
+
+@pytest.fixture
+def machine():
+    with require_simulated_cpu() as platform:
+        yield Machine(platform)
+
+
+def guest(code: str, features: int, *, base: int = 0x40000000, enforce: bool = True) -> Vm:
+    """32-bit code of a guest whose CPUID has these features of KVM's."""
+    vm = Vm(bytes.fromhex(code + "f4"), code32=True)
+    vm.call = lambda name, args: vm.ioctl(vm.vcpu, getattr(lib, name), args)
+    cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_ENFORCE_PV_FEATURE_CPUID)
+    cap.args[0] = enforce
+    vm.ok(vm.call("KVM_ENABLE_CAP", cap))
+    vm.ok(
+        Machine.set_cpuid(
+            vm, (base, 0, 0, base + 1, *SIGNATURE), (base + 1, 0, 0, features, 0, 0, 0)
+        )
+    )
+    return vm
+
+
+def set_msr(vm, index, value):
+    keep, header = msr_entry(index, value)
+    answer = vm.ioctl(vm.vcpu, lib.KVM_SET_MSRS, header)
+    del keep
+    return answer.ret
+
+
+@pytest.mark.parametrize("msr", FEATURES)
+@pytest.mark.parametrize("code", ["0f32", "0f30"])
+def test_msr_of_a_feature_that_cpuid_lacks_is_a_fault(msr, code):
+    for features, reason in ((0, lib.KVM_EXIT_SHUTDOWN), (1 << FEATURES[msr], lib.KVM_EXIT_HLT)):
+        vm = guest(code, features)
+        vm.set_regs(rcx=msr, rax=0, rdx=0)
+        if msr == 0x4B564D06 and code == "0f30" and features:
+            reason = lib.KVM_EXIT_SHUTDOWN  # needs an APIC in the kernel
+        assert vm.enter()[1] == reason
+
+
+def test_msr_of_a_missing_feature_works_where_cpuid_is_not_enforced():
+    vm = guest("0f32", 0, enforce=False)
+    vm.set_regs(rcx=0x4B564D05)
+    assert vm.enter()[1] == lib.KVM_EXIT_HLT
+    assert vm.regs.rax == 1  # POLL_CONTROL at reset
+
+
+def test_features_are_found_behind_another_hypervisors_leaves():
+    vm = guest("0f32", 1 << 12, base=0x40000100)
+    vm.set_regs(rcx=0x4B564D05)
+    assert vm.enter()[1] == lib.KVM_EXIT_HLT
+
+
+def test_user_space_reads_an_msr_of_a_missing_feature_as_0_and_writes_no_other():
+    vm = guest("", 0)
+    assert get_msr(vm, 0x4B564D05) == 0
+    assert (set_msr(vm, 0x4B564D05, 0), set_msr(vm, 0x4B564D05, 1)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("msr", "value", "taken"),
+    [
+        (0x4B564D03, 0x40000001, 1),
+        (0x4B564D03, 0x4000003E, 0),
+        (0x4B564D02, 0, 1),
+        (0x4B564D02, 0x1001, 0),  # no APIC in the kernel
+        (0x4B564D04, 0x1001, 1),
+        (0x4B564D04, 0x1002, 0),
+        (0x4B564D05, 1, 1),
+        (0x4B564D05, 2, 0),
+        (0x4B564D06, 0x30, 0),  # no APIC in the kernel
+    ],
+)
+def test_value_of_an_own_msr(machine, msr, value, taken):
+    assert set_msr(machine, msr, value) == taken
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"), [(0x1001, 1), (0x1011, 0), (0x1021, 0), (0x1005, 1), (0x100B, 1)]
+)
+def test_async_page_faults_with_an_apic(value, taken):
+    with require_simulated_cpu() as platform:
+        assert set_msr(Machine(platform, split=True), 0x4B564D02, value) == taken
+
+
+def test_async_page_fault_vector_has_8_bits():
+    with require_simulated_cpu() as platform:
+        machine = Machine(platform, split=True)
+        assert (set_msr(machine, 0x4B564D06, 0xFF), set_msr(machine, 0x4B564D06, 0x100)) == (1, 0)
+        assert (set_msr(machine, 0x4B564D07, 1), get_msr(machine, 0x4B564D07)) == (1, 0)
+
+
+@pytest.mark.parametrize(("number", "feature"), [(KICK_CPU, 7), (SCHED_YIELD, 13), (10, 11)])
+def test_hypercall_of_a_missing_feature_is_unknown(number, feature):
+    answers = []
+    for features in (0, 1 << feature):
+        vm = guest("0f01d9", features)
+        vm.set_regs(rax=number)
+        vm.enter()
+        answers.append(vm.regs.rax)
+    assert answers[0] == -KVM_ENOSYS & 0xFFFFFFFF
+    assert answers[1] != answers[0]
+
+
+@pytest.mark.parametrize("changes", [{"flags": 1}, {"cap": 3}], ids=["flags", "another capability"])
+def test_vcpu_capability_that_is_none_is_einval(machine, changes):
+    cap = struct("kvm_enable_cap", **{"cap": lib.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, **changes})
+    assert machine.call("KVM_ENABLE_CAP", cap) == EINVAL
+
+
+def disable_exits(machine, exits):
+    cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_X86_DISABLE_EXITS)
+    cap.args[0] = exits
+    return machine.ioctl(machine.vm, lib.KVM_ENABLE_CAP, cap)
+
+
+def test_pv_unhalt_is_not_for_guests_that_halt_by_themselves(machine):
+    """kvm_pv_test: KVM clears the feature, in its own leaves only."""
+    assert disable_exits(machine, 1 << 1) == OK
+    features = (0x40000001, 0, 0, 0x80, 0, 0, 0)
+    for signature, expected in ((SIGNATURE, 0), ((1, 2, 3), 0x80)):
+        machine.ok(machine.set_cpuid((0x40000000, 0, 0, 0x40000001, *signature), features))
+        keep = ffi.new("char[]", 8 + 40 * 2)
+        table = ffi.cast("struct kvm_cpuid2 *", keep)
+        table.nent = 2
+        assert machine.call("KVM_GET_CPUID2", table) == OK
+        assert table.entries[1].eax == expected
+
+
+def test_disabled_exits_must_be_known(machine):
+    assert disable_exits(machine, 1 << 4) == EINVAL
+    assert machine.ioctl(machine.vm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_X86_DISABLE_EXITS) == (
+        0xF,
+        0,
+    )
+
+
+def test_mce_capabilities_are_those_of_amd(machine):
+    word = ffi.new("uint64_t *")
+    assert machine.ioctl(machine.kvm, lib.KVM_X86_GET_MCE_CAP_SUPPORTED, word) == OK
+    assert word[0] == 1 << 8 | 1 << 24  # MCG_CTL_P, MCG_SER_P

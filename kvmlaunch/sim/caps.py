@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmlaunch.sim import coalesced, kvmclock, mce
+from kvmlaunch.sim import coalesced, guest_debug, kvmclock, mce
 from kvmlaunch.sim.host import Host
 from kvmlaunch.sim.irq import MAX_ROUTES
 from kvmlaunch.uapi import lib
@@ -64,6 +64,7 @@ _PLAIN = {
     lib.KVM_CAP_COALESCED_MMIO: coalesced.RING_PAGE,
     lib.KVM_CAP_SYNC_MMU: 1,
     lib.KVM_CAP_DESTROY_MEMORY_REGION_WORKS: 1,
+    lib.KVM_CAP_SET_GUEST_DEBUG: 1,
     lib.KVM_CAP_JOIN_MEMORY_REGIONS_WORKS: 1,
     lib.KVM_CAP_SET_BOOT_CPU_ID: 1,
     lib.KVM_CAP_IRQ_ROUTING: MAX_ROUTES,
@@ -104,6 +105,7 @@ _PLAIN = {
     lib.KVM_CAP_ENFORCE_PV_FEATURE_CPUID: 1,
     lib.KVM_CAP_EXIT_ON_EMULATION_FAILURE: 1,
     lib.KVM_CAP_SREGS2: 1,
+    lib.KVM_CAP_SET_GUEST_DEBUG2: guest_debug.VALID,
     lib.KVM_CAP_EXIT_HYPERCALL: 1 << lib.KVM_HC_MAP_GPA_RANGE,
     lib.KVM_CAP_XSAVE2: _XSAVE2_MIN,
     lib.KVM_CAP_SYS_ATTRIBUTES: 1,

@@ -62,11 +62,11 @@ def put_io_data(run: Any, data: bytes) -> None:
     ffi.buffer(ffi.cast("char *", run) + PIO_DATA_OFFSET, len(data))[:] = data
 
 
-def debug(run: Any, pc: int) -> None:
-    """KVM_EXIT_DEBUG before the instruction at ``pc`` (linear)."""
+def debug(run: Any, pc: int, vector: int = _DEBUG_VECTOR, dr6: int = 0, dr7: int = 0) -> None:
+    """KVM_EXIT_DEBUG at ``pc`` (linear)."""
     run.exit_reason = lib.KVM_EXIT_DEBUG
     arch = run.debug.arch
-    arch.exception, arch.pc, arch.dr6, arch.dr7 = _DEBUG_VECTOR, pc, 0, 0
+    arch.exception, arch.pc, arch.dr6, arch.dr7 = vector, pc, dr6, dr7
 
 
 def mmio(run: Any, gpa: int, size: int, data: bytes | None) -> None:

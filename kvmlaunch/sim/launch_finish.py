@@ -90,7 +90,7 @@ def _encrypt_vmsa(vcpu: Vcpu, command: Any) -> None:
     assert spa is not None
     if vcpu.protected and host.profile.finish_refuses_encrypted_vmsa:
         refuse(errno.EINVAL)
-    if vcpu.guest_debug or vcpu.state.dr7 & ~_DR7_FIXED:
+    if vcpu.debug.control or vcpu.state.dr7 & ~_DR7_FIXED:
         refuse(errno.EINVAL)
     host.memory.page(spa)[:] = sync_vmsa(vcpu.state, sev.features)
     if host.rmp.make_private(spa, INITIAL_VMSA_GPA, sev.asid, immutable=True):

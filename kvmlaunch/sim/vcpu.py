@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvmlaunch.sim import caps, msrs, vcpu_commands, vcpu_ioctls
 from kvmlaunch.sim.cpuid_table import find_leaf
 from kvmlaunch.sim.fdtable import File
+from kvmlaunch.sim.guest_debug import GuestDebug
 from kvmlaunch.sim.lapic import LocalApic
 from kvmlaunch.sim.plain_state import from_vmsa
 from kvmlaunch.sim.sev_es import SevEsState
@@ -47,7 +48,6 @@ class Vcpu:
         self.cpuid = b""
         self.tsc_khz = vm.tsc_khz
         self.tsc_offset = 0
-        self.guest_debug = 0
         self.enforce_pv_features = False
         self.signal_mask: int | None = None
         self.has_run = False
@@ -68,6 +68,7 @@ class Vcpu:
         self.apic = LocalApic(self)
         self.sev_es = SevEsState(self) if vm.is_snp_type else None
         self.running = VcpuRun(self)
+        self.debug = GuestDebug(self)
         vm.tsc.synchronize(self, None)
         self.seat = vm.scheduler.add(self)
         self.run: Any = ffi.cast("struct kvm_run *", self.run_pages.address)

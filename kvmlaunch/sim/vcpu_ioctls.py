@@ -127,7 +127,7 @@ def _set_xcrs(vcpu: Vcpu, arg: int) -> int:
 def _set_guest_debug(vcpu: Vcpu, arg: int) -> int:
     debug = copy_in(vcpu.vm.host.user, "kvm_guest_debug", arg)
     _need_open_state(vcpu)
-    vcpu.guest_debug = debug.control
+    vcpu.debug.set(debug)
     return 0
 
 

@@ -15,6 +15,7 @@ from kvmlaunch.softcpu import (
     Access,
     Budget,
     DebugStop,
+    DebugTrap,
     Event,
     FaultReason,
     Halt,
@@ -60,6 +61,7 @@ class VcpuRun:
         self._handlers: dict[type[Any], Callable[[Any], int]] = {
             Budget: self._nothing,
             DebugStop: self._debug_stop,
+            DebugTrap: lambda event: self.vcpu.debug.trap(event),
             Halt: lambda event: self.halt(lib.KVM_MP_STATE_HALTED, lib.KVM_EXIT_HLT),
             InterruptWindow: self._nothing,
             InvalidState: self._fail_entry,
@@ -114,6 +116,10 @@ class VcpuRun:
         vm.flush_if_changed()
         complete, self.complete = self.complete, None
         if complete is not None and not complete():
+            return False
+        if vcpu.debug.step_is_due:
+            vcpu.debug.step_is_due = False
+            vcpu.debug.exit()
             return False
         if run.immediate_exit:
             refuse(errno.EINTR)
@@ -189,13 +195,16 @@ class VcpuRun:
         with vm.host.gate.running():
             vm.running = vcpu
             vm.flush_if_changed()
-            event = cpu.run(min(ticks, self._ticks_to_timer()))
+            steps = vcpu.debug.steps
+            event = cpu.step() if steps else cpu.run(min(ticks, self._ticks_to_timer()))
         spent = cpu.ticks - before + (0 if isinstance(event, Budget) else _EXIT_TICKS)
         with vm.host.lock:
             self._take_priority(cpu)
-            if vm.inspector is not None:
+            if vm.inspector is not None and event is not None:
                 vm.inspector.saw(vcpu, event)
-            done = self._handle(event)
+            done = 1 if event is None else self._handle(event)
+            if steps:
+                done = vcpu.debug.after_step(event, done)
             self._look(cpu)
         vm.scheduler.spend(vcpu.seat, spent, keep=not done)
         return done
@@ -250,6 +259,8 @@ class VcpuRun:
                 cpu.ghcb = vcpu.sev_es.msr
             cpu.tsc_offset = vcpu.tsc_offset
             self.cpu = cpu
+            if vcpu.debug.control:
+                vcpu.debug.apply(cpu)
             if vcpu.vm.inspector is not None:
                 vcpu.vm.inspector.new_cpu(vcpu)
         # The GHCB MSR is the VMCB's: a new VMSA leaves it as it is.
@@ -315,6 +326,9 @@ class VcpuRun:
         if self.exception is not None:
             (vector, code), self.exception = self.exception, None
             event = cpu.inject_exception(vector, code, cpu.read("cr2"))
+        elif vcpu.debug.blocks_interrupts:
+            cpu.want_window = False
+            return None
         elif vcpu.interrupt is not None and cpu.interruptible:
             vector, vcpu.interrupt = vcpu.interrupt, None
             event = cpu.inject_interrupt(vector)

@@ -13,10 +13,12 @@ The engine is unicorn, an optional extra: `pip install 'kvmlaunch[softcpu]'`. Im
 package doesn't need it, making a `Machine` does.
 """
 
-from .cpu import Machine, SoftCpu
+from .cpu import SoftCpu
+from .debug import DebugControl
 from .events import (
     Budget,
     DebugStop,
+    DebugTrap,
     Event,
     FaultReason,
     Halt,
@@ -34,6 +36,7 @@ from .events import (
     VmgExit,
     Vmmcall,
 )
+from .machine import Machine
 from .memory import Access, GuestMemory, Missing, RmpEntry
 from .options import Cpuid, CpuOptions
 from .unicorn_engine import UnsupportedEngine
@@ -43,7 +46,9 @@ __all__ = [
     "Budget",
     "CpuOptions",
     "Cpuid",
+    "DebugControl",
     "DebugStop",
+    "DebugTrap",
     "Event",
     "FaultReason",
     "GuestMemory",

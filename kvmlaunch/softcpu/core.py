@@ -6,9 +6,10 @@ import ctypes
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .debug import NO_DEBUG, DebugControl
 from .decode import Instruction, decode
 from .engine import CS, FETCH, GDTR, LDTR, READ, TR, WRITE, Engine, EngineState
-from .faults import GP, PF, GuestFault, HostFault, MmioFault
+from .faults import GP, PF, GuestFault, HostFault, MmioFault, WatchFault
 from .options import CpuOptions
 from .pages import Pages
 from .walk import Walker
@@ -54,7 +55,10 @@ class Core:
         self.vmpl = 0
         self.wants_msr: Callable[[int, bool], bool] | None = None
         """(MSR, whether it is written) -> whether that is the owner's, as `Machine` was told."""
-        self.fault: GuestFault | HostFault | MmioFault | None = None
+        self.fault: GuestFault | HostFault | MmioFault | WatchFault | None = None
+        self.debug: DebugControl = NO_DEBUG
+        self.watched: dict[int, int] = {}
+        """Linear pages with data that the owner watches, and the kinds of access it wants."""
         self.scratch: dict[int, int] = {}
         """Linear pages that stand for devices, with host address | rights: see `mmio`."""
 
@@ -71,6 +75,10 @@ class Core:
         cr = state.cr
         if self.scratch and (granted := self._scratch(page, kind)):
             return granted
+        wanted = self.watched.get(page, 0)
+        if wanted & kind:
+            self.fault = WatchFault(kind == WRITE)
+            return 0
         user = state.cpl == 3
         try:
             gpa, private, rights = self.walker.walk(
@@ -84,7 +92,8 @@ class Core:
                 state.efer,
                 state.rflags,
             )
-            return self.pages.use(gpa, private, kind, user, self.vmpl) & (rights | ~7)
+            granted = self.pages.use(gpa, private, kind, user, self.vmpl)
+            return granted & (rights & ~wanted | ~7)
         except GuestFault as fault:
             if fault.vector == PF and user and self._reads_system_table(page):
                 return self._fill_system(page, kind)

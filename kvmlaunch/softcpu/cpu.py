@@ -1,16 +1,19 @@
-"""The CPUs of a machine, as their owner sees them."""
+"""One CPU, as its owner sees it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvmlaunch.abi.vmsa import Vmsa
 
 from .core import Core
-from .engine import GPR_NAMES, READ, Stop, Watch
+from .debug import NO_DEBUG, DebugControl
+from .engine import GPR_NAMES, READ, Stop
 from .events import (
     Budget,
+    DebugTrap,
     Event,
     InterruptWindow,
     InvalidState,
@@ -19,18 +22,17 @@ from .events import (
     Shutdown,
 )
 from .exits import Exits
-from .faults import GP, PF, GuestFault, HostFault, MmioFault
+from .faults import DB, GP, PF, GuestFault, HostFault, MmioFault, WatchFault
 from .inject import Delivery, TripleFault, deliver
-from .memory import GuestMemory
 from .mmio import Mmio
 from .msr import NativeMsrs
-from .options import CpuOptions
-from .pages import Pages
-from .stepping import STEP_TICKS, step
-from .unicorn_engine import UnicornEngine
+from .stepping import STEP_TICKS, step, step_over
 from .vmsa_state import Loaded, broken_rule, load, save
 
-__all__ = ["Machine", "SoftCpu"]
+if TYPE_CHECKING:
+    from .machine import Machine
+
+__all__ = ["SoftCpu"]
 
 _EXIT_TICKS = 16
 """What a stop of the engine costs, so that no loop of exceptions runs for ever."""
@@ -38,63 +40,6 @@ _QUAD = 0xFFFFFFFFFFFFFFFF
 _IF = 1 << 9
 _AC = 1 << 18
 _NMI = 2
-
-
-class Machine:
-    """CPUs that share the memory of one guest.
-
-    Raises:
-        MissingCapability: the engine isn't installed.
-        UnsupportedEngine: it is, but another version than this package knows.
-    """
-
-    def __init__(self, memory: GuestMemory, options: CpuOptions) -> None:
-        self.options = options
-        self.ticks = 0
-        """What all CPUs have run together; the TSC counts it."""
-        self._engine = UnicornEngine(exit_on_pause=options.exit_on_pause)
-        self._pages = Pages(memory, options)
-        self._cores: list[Core] = []
-        self._wants_msr: Callable[[int, bool], bool] | None = None
-
-    def new_cpu(self) -> SoftCpu:
-        """Return a CPU without state; `SoftCpu.load` gives it one."""
-        core = Core(self._engine, self._engine.new_state(), self._pages, self.options)
-        core.wants_msr = self._wants_msr
-        self._cores.append(core)
-        return SoftCpu(self, core)
-
-    def intercept_msrs(self, wanted: Callable[[int, bool], bool]) -> None:
-        """Stop (`MsrRead`, `MsrWrite`) where ``wanted(MSR, whether it is written)``: plain guests.
-
-        The others are done as without it.
-        """
-        self._wants_msr = wanted
-        for core in self._cores:
-            core.wants_msr = wanted
-        self._engine.intercept_msrs(True)
-
-    def flush(self) -> None:
-        """Forget all translations: pages have moved, changed sides or rights."""
-        self._engine.flush_tlb()
-        self._pages.flush()
-
-    def flush_code(self) -> None:
-        """Forget translated code too: somebody else than the CPUs has written to memory."""
-        self.flush()
-        self._engine.flush_code()
-
-    def watch(self, ask: Watch | None, places: Collection[int] | None) -> None:
-        """Call ``ask`` before instructions (see `Engine.watch`): a `DebugStop` where it says so."""
-        self._engine.watch(ask, places)
-
-    def code(self, linear: int, size: int) -> bytes:
-        """Return what is executed at a linear address, for what `watch` calls."""
-        return self._engine.code(linear, size)
-
-    def write(self, host: int, data: bytes) -> None:
-        """Write memory of the guest, which may be code, at its host address."""
-        self._engine.write(host, data)
 
 
 class SoftCpu:
@@ -208,6 +153,14 @@ class SoftCpu:
         else:
             raise KeyError(name)
 
+    def set_debug(self, control: DebugControl = NO_DEBUG) -> None:
+        """Stop with `DebugTrap` for this: plain guests."""
+        core = self._core
+        core.debug, core.watched = control, control.watched_pages()
+        core.state.catch_debug_registers = control.general_detect
+        core.engine.flush_tlb()
+        self._machine.update_watch()
+
     # -- running
 
     def run(self, ticks: int) -> Event:
@@ -220,6 +173,7 @@ class SoftCpu:
             return self._stopped
         self._check_answered()
         core, left = self._core, ticks
+        self._machine.current = core
         while True:
             event = self._before_entry()
             if event is not None:
@@ -246,6 +200,7 @@ class SoftCpu:
         self._check_answered()
         if self._has_work_left:
             return self._before_entry()
+        self._machine.current = self._core
         code = step(self._core)
         self._count(STEP_TICKS)
         return None if code is None else self._after_exit(code)
@@ -305,6 +260,10 @@ class SoftCpu:
             raise fault
         if isinstance(fault, MmioFault):
             return self._access_device(Mmio(core), fault)
+        if isinstance(fault, WatchFault):
+            code, hit = step_over(core, fault, address)
+            event = None if code is None else self._after_exit(code)
+            return DebugTrap(DB, hit) if hit else event
         assert fault is not None
         event = fault.event
         if not event.walk:

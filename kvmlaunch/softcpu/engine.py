@@ -104,6 +104,8 @@ class EngineState(Protocol):
     """Interrupt shadow of STI or MOV SS."""
     catch_iret: bool
     """Stop at IRET (exit code 0x74)."""
+    catch_debug_registers: bool
+    """Stop at MOV of each debug register (exit codes 0x20 and 0x30 + number), not of DR7 only."""
 
     @property
     def bits(self) -> int:

@@ -15,6 +15,7 @@ from .memory import Access
 __all__ = [
     "Budget",
     "DebugStop",
+    "DebugTrap",
     "Event",
     "FaultReason",
     "Halt",
@@ -171,9 +172,22 @@ class DebugStop:
     """Before an instruction where `Machine.watch` said stop; running again asks again."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DebugTrap:
+    """What `SoftCpu.debug` asks for: a vector (1 or 3), and the bits of DR6 that say why.
+
+    RIP is at the instruction of an INT3, of an instruction breakpoint and of an access to a
+    debug register; it is behind one that accessed watched data.
+    """
+
+    vector: int
+    dr6: int
+
+
 Event: TypeAlias = (
     Budget
     | DebugStop
+    | DebugTrap
     | Halt
     | InterruptWindow
     | InvalidState

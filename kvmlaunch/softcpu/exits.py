@@ -10,6 +10,7 @@ from .decode import Instruction
 from .engine import Stop
 from .events import (
     DebugStop,
+    DebugTrap,
     Event,
     Halt,
     InterruptWindow,
@@ -20,7 +21,7 @@ from .events import (
     VmgExit,
     Vmmcall,
 )
-from .faults import AC, DF, GP, NP, PF, SS_FAULT, TS, UD, VC, GuestFault
+from .faults import AC, BP, DB, DF, GP, NP, PF, SS_FAULT, TS, UD, VC, GuestFault
 from .inject import Delivery, deliver
 from .msr import NativeMsrs
 from .port_io import PortIo, check_permission, is_port_io
@@ -31,6 +32,8 @@ _RAX, _RCX, _RDX, _RBX = 0, 1, 2, 3
 _WORD = 0xFFFFFFFF
 _XSETBV = b"\x0f\x01\xd1"
 _WITH_ERROR_CODE = frozenset((DF, TS, NP, SS_FAULT, GP, PF, AC))
+_BD = 1 << 13
+"""Bit of DR6: an access to a debug register."""
 _INT3, _INTN, _INTO = 0xCC, 0xCD, 0xCE
 _VMMCALL = bytes.fromhex("0f01d9")
 
@@ -48,7 +51,7 @@ class Exits:
         self.sev_features = 0
         self._handlers: dict[int, Callable[[int], Event | None]] = {
             Stop.BUDGET: lambda _code: None,
-            Stop.DEBUG: lambda _code: DebugStop(),
+            Stop.DEBUG: self._stop_before,
             Stop.IO: self._port_io,
             Stop.SYSCALL: lambda _code: control.syscall(core),
             Stop.SYSENTER: lambda _code: control.sysenter(core),
@@ -56,8 +59,7 @@ class Exits:
             vc.WRITE_CR4: lambda _code: control.write_control(core, 4),
             vc.READ_CR8: self._read_cr8,
             vc.WRITE_CR8: self._write_cr8,
-            vc.READ_DR: self._debug_register,
-            vc.WRITE_DR: self._debug_register,
+            **dict.fromkeys((*range(0x20, 0x28), *range(0x30, 0x38)), self._debug_register),
             vc.LTR: lambda _code: control.load_task_register(core),
             vc.RDTSC: self._rdtsc,
             vc.IRET: self._iret,
@@ -158,16 +160,23 @@ class Exits:
             raise GuestFault(UD)
         core.store(core.linear_rip, _VMMCALL)
 
-    def _software_interrupt(self, _code: int) -> None:
+    def _stop_before(self, _code: int) -> Event:
+        hit = self._core.debug.hits_code(self._core.linear_rip)
+        return DebugTrap(DB, hit) if hit else DebugStop()
+
+    def _software_interrupt(self, _code: int) -> Event | None:
         core = self._core
         instruction = self._instruction()
         opcode = instruction.opcode
+        if opcode == _INT3 and core.debug.breakpoints:
+            return DebugTrap(BP, 0)
         vector = {_INT3: 3, _INTO: 4}.get(opcode, instruction.immediate)
         state = core.state
         if opcode == _INTN and state.rflags & 1 << 17 and state.rflags >> 12 & 3 < 3:
             raise GuestFault(GP, 0)
         what = Delivery(vector, software=True, length=instruction.length)
         deliver(core, what)
+        return None
 
     def _iret(self, _code: int) -> None:
         """The end of an NMI's handler: NMIs are open again, the IRET itself is still to come."""
@@ -268,13 +277,16 @@ class Exits:
         self._core.advance(instruction.length)
         return InterruptWindow() if self.stop_at_cr8 else None
 
-    def _debug_register(self, code: int) -> None:
+    def _debug_register(self, code: int) -> Event | None:
+        if self._core.debug.general_detect:
+            return DebugTrap(DB, _BD)
         if self._core.options.snp and not self.sev_features & vc.DEBUG_SWAP:
             raise GuestFault(VC, code)
         if code == vc.READ_DR:
             control.read_debug(self._core)
         else:
             control.write_debug(self._core)
+        return None
 
     def _port_io(self, _code: int) -> Event | None:
         core = self._core

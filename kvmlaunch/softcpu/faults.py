@@ -6,6 +6,7 @@ from .events import NestedFault
 
 __all__ = [
     "AC",
+    "BP",
     "DB",
     "DF",
     "GP",
@@ -21,9 +22,11 @@ __all__ = [
     "GuestFault",
     "HostFault",
     "MmioFault",
+    "WatchFault",
 ]
 
-DB, UD, DF, TS, NP, SS_FAULT, GP, PF, AC, MC, VC = 1, 6, 8, 10, 11, 12, 13, 14, 17, 18, 29
+DB, BP, UD, DF, TS, NP, SS_FAULT, GP, PF = 1, 3, 6, 8, 10, 11, 12, 13, 14
+AC, MC, VC = 17, 18, 29
 
 VC_NESTED_FAULT = 0x400
 """#VC error code of an access to an emulated device."""
@@ -55,4 +58,12 @@ class MmioFault(Exception):
     def __init__(self, gpa: int, write: bool) -> None:
         super().__init__(gpa, write)
         self.gpa = gpa
+        self.write = write
+
+
+class WatchFault(Exception):
+    """An access to a page where the owner watches data."""
+
+    def __init__(self, write: bool) -> None:
+        super().__init__(write)
         self.write = write

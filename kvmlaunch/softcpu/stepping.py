@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from .core import Core
 from .engine import SS, Stop
+from .faults import WatchFault
 
-__all__ = ["STEP_TICKS", "step"]
+__all__ = ["STEP_TICKS", "step", "step_over"]
 
 STEP_TICKS = 1 << 14
 """More than any instruction takes."""
@@ -45,3 +46,23 @@ def _hide_trap_flag(core: Core) -> None:
     if state.bits != 64:
         at = state.base(SS) + (at & (0xFFFFFFFF if state.attrib(SS) & 0x400 else 0xFFFF))
     core.store(at, bytes((state.rflags >> 8 & 0xFE,)), user=state.cpl == 3)
+
+
+def step_over(core: Core, fault: WatchFault, linear: int) -> tuple[int | None, int]:
+    """Let an instruction access a watched page.
+
+    Returns the exit code if something else came in between, and the bits of DR6.
+    """
+    instruction = core.instruction()
+    size = 1 if instruction is None else instruction.access_size
+    hit = core.debug.hits_data(linear, size, write=fault.write)
+    watched, core.watched = core.watched, {}
+    core.engine.flush_tlb()
+    core.engine.watching = False
+    try:
+        code = step(core)
+    finally:
+        core.engine.watching = True
+        core.watched = watched
+        core.engine.flush_tlb()
+    return code, 0 if code is not None else hit

@@ -57,7 +57,7 @@ _INTERCEPTS = (
     *(0x80, 0x81, 0x82, 0x83, 0x84, 0x85, 0x86, 0x88, 0x89, 0x8A, 0x8B),
 )
 _PAUSE = 0x77
-_CR_READS, _CR_WRITES, _DR_READS, _DR_WRITES = 1 << 8, 1 << 0 | 1 << 4 | 1 << 8, 1 << 7, 1 << 7
+_CR_READS, _CR_WRITES = 1 << 8, 1 << 0 | 1 << 4 | 1 << 8
 
 _ZERO = ctypes.c_uint64(0)
 
@@ -190,7 +190,7 @@ class UnicornEngine:
         env.vm_vmcb = ctypes.addressof(self._control)
         env.intercept = self._intercept
         env.intercept_cr_read, env.intercept_cr_write = _CR_READS, _CR_WRITES
-        env.intercept_dr_read, env.intercept_dr_write = _DR_READS, _DR_WRITES
+        state.catch_debug_registers = False
         env.intercept_exceptions = 0xFFFFFFFF
         env.old_exception = -1
         return state

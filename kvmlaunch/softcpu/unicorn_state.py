@@ -25,6 +25,7 @@ _VM = 1 << 17
 
 _BUSY = 2
 """Type bit of a TSS in use: always set in TR, but QEMU has it the other way round inside."""
+_DR7, _EVERY_DR = 1 << 7, 0xFF
 _IRET_BIT = 1 << (0x74 - 0x60)
 _WORDS = frozenset(WORD_NAMES)
 
@@ -116,6 +117,16 @@ class UnicornState:
             self.env.intercept |= _IRET_BIT
         else:
             self.env.intercept &= ~_IRET_BIT
+
+    @property
+    def catch_debug_registers(self) -> bool:
+        """Whether MOV of each debug register stops the engine."""
+        return bool(self.env.intercept_dr_read == _EVERY_DR)
+
+    @catch_debug_registers.setter
+    def catch_debug_registers(self, value: bool) -> None:
+        mask = _EVERY_DR if value else _DR7
+        self.env.intercept_dr_read = self.env.intercept_dr_write = mask
 
     def base(self, number: int) -> int:
         """Base of a segment or table register."""

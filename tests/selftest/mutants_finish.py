@@ -72,15 +72,15 @@ MUTANTS = (
     Mutant(
         "FINISH refuses a debugged vCPU",
         "launch_finish",
-        "if vcpu.guest_debug or vcpu.state.dr7",
+        "if vcpu.debug.control or vcpu.state.dr7",
         "if vcpu.state.dr7",
         "finish.guest-debug",
     ),
     Mutant(
         "FINISH refuses breakpoints",
         "launch_finish",
-        "if vcpu.guest_debug or vcpu.state.dr7 & ~_DR7_FIXED:",
-        "if vcpu.guest_debug:",
+        "if vcpu.debug.control or vcpu.state.dr7 & ~_DR7_FIXED:",
+        "if vcpu.debug.control:",
         "finish.dr7",
     ),
     Mutant(

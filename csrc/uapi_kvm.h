@@ -95,6 +95,7 @@
 #define KVM_GET_SREGS2 _IOR(KVMIO, 0xcc, struct kvm_sregs2)
 #define KVM_SET_SREGS2 _IOW(KVMIO, 0xcd, struct kvm_sregs2)
 #define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
+#define KVM_SMI _IO(KVMIO, 0xb7)
 #define KVM_PRE_FAULT_MEMORY _IOWR(KVMIO, 0xd5, struct kvm_pre_fault_memory)
 
 #define KVM_API_VERSION 12
@@ -144,6 +145,7 @@
 #define KVM_CAP_ENABLE_CAP_VM 98
 #define KVM_CAP_IOEVENTFD_NO_LENGTH 100
 #define KVM_CAP_X86_SMM 117
+#define KVM_CAP_MULTI_ADDRESS_SPACE 118
 #define KVM_CAP_SPLIT_IRQCHIP 121
 #define KVM_CAP_IOEVENTFD_ANY_LENGTH 122
 #define KVM_CAP_MAX_VCPU_ID 128
@@ -205,6 +207,7 @@
 #define KVM_MSR_FILTER_MAX_BITMAP_SIZE 0x600
 #define KVM_MSR_FILTER_READ (1 << 0)
 #define KVM_MSR_FILTER_WRITE (1 << 1)
+#define KVM_RUN_X86_SMM (1 << 0)
 #define KVM_SYNC_X86_REGS (1UL << 0)
 #define KVM_SYNC_X86_SREGS (1UL << 1)
 #define KVM_SYNC_X86_EVENTS (1UL << 2)

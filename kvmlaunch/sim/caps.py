@@ -85,11 +85,13 @@ _PLAIN = {
     lib.KVM_CAP_XCRS: 1,
     lib.KVM_CAP_TSC_CONTROL: 1,
     lib.KVM_CAP_GET_TSC_KHZ: 1,
+    lib.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     lib.KVM_CAP_MAX_VCPUS: MAX_VCPUS,
     lib.KVM_CAP_SYNC_REGS: _SYNC_REGS,
     lib.KVM_CAP_READONLY_MEM: 1,
     lib.KVM_CAP_ENABLE_CAP_VM: 1,
     lib.KVM_CAP_X86_SMM: 1,
+    lib.KVM_CAP_MULTI_ADDRESS_SPACE: 2,
     lib.KVM_CAP_SPLIT_IRQCHIP: 1,
     lib.KVM_CAP_MAX_VCPU_ID: MAX_VCPU_ID,
     lib.KVM_CAP_IMMEDIATE_EXIT: 1,
@@ -141,6 +143,8 @@ def vm_capability(vm: Vm, cap: int) -> int:
         return int(not vm.has_protected_state)
     if cap == lib.KVM_CAP_X86_SMM:
         return int(not vm.sev.es_active)
+    if cap == lib.KVM_CAP_MULTI_ADDRESS_SPACE:
+        return vm.address_spaces
     if cap == lib.KVM_CAP_MEMORY_ATTRIBUTES:
         return vm.memory_attributes
     if cap == lib.KVM_CAP_GUEST_MEMFD:

@@ -147,6 +147,8 @@ def accept(vcpu: Vcpu, what: Interrupt) -> bool:
         return vcpu.apic.accept(what.vector, level=what.level)
     if what.mode == Mode.NMI:
         pend_nmi(vcpu)
+    elif what.mode == Mode.SMI:
+        vcpu.pend_smi()
     elif what.mode == Mode.INIT:
         if what.level and not what.asserted:
             return False
@@ -154,7 +156,7 @@ def accept(vcpu: Vcpu, what: Interrupt) -> bool:
     elif what.mode == Mode.STARTUP:
         vcpu.sipi_vector, vcpu.sipi_pending = what.vector, True
     else:
-        # No SMM; nothing waits for a remote read; EXTINT is LINT0's business.
+        # Nothing waits for a remote read; EXTINT is LINT0's business.
         return what.mode == Mode.REMOTE_READ
     return True
 

@@ -65,6 +65,7 @@ class Slots:
         self._vm = vm
         self._slots: dict[int, Slot] = {}
         self._by_gfn: tuple[list[Slot], ...] = ([], [])
+        self._space = 0
         self.manual_dirty_log = 0
         """Options of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2."""
 
@@ -77,9 +78,15 @@ class Slots:
         """The slot of that number."""
         return self._slots.get(slot_id)
 
+    def use_space(self, number: int) -> None:
+        """Find frames in this address space: 1 while the vCPU that runs is in SMM."""
+        if number != self._space:
+            self._space = number
+            self._vm.memory_changed(code=True)
+
     def find(self, gfn: int) -> Slot | None:
-        """The slot that holds a guest frame (address space 0)."""
-        slots = self._by_gfn[0]
+        """The slot that holds a guest frame."""
+        slots = self._by_gfn[self._space]
         at = bisect.bisect_right(slots, gfn, key=_base_gfn) - 1
         return slots[at] if at >= 0 and gfn < slots[at].end_gfn else None
 

@@ -63,6 +63,7 @@ class Vcpu:
         self.nmi_masked = False
         self.init_pending = False
         self.sipi_vector = 0
+        self.smm = self.smi_pending = self.smm_inside_nmi = False
         self.update_state = False
         """KVM_REQ_UPDATE_PROTECTED_GUEST_STATE."""
         self.apic = LocalApic(self)
@@ -83,11 +84,13 @@ class Vcpu:
 
     def has_events(self) -> bool:
         """kvm_vcpu_has_events(): something that ends a wait. Takes no lock."""
-        if self.init_pending or self.sipi_pending or self.update_state:
+        if ((self.init_pending or self.sipi_pending) and not self.smm) or self.update_state:
             return True
         if self.mp_state in (lib.KVM_MP_STATE_UNINITIALIZED, lib.KVM_MP_STATE_INIT_RECEIVED):
             return False  # nothing else starts it
         if self.running.exception is not None or (self.nmi_pending and not self.nmi_masked):
+            return True
+        if self.smi_pending and not self.smm:
             return True
         waits = self.interrupt is not None or self.apic.has_interrupt()
         return waits and self.running.takes_interrupts
@@ -101,7 +104,10 @@ class Vcpu:
         return bool(self.run.immediate_exit) or self.vm.host.user.signal_pending(self.signal_mask)
 
     def accept_events(self) -> None:
-        """kvm_apic_accept_events(): INIT, then SIPI."""
+        """kvm_apic_accept_events(): INIT, which waits for the end of SMM, then SIPI."""
+        if self.smm:
+            self.sipi_pending = False
+            return
         if self.init_pending:
             self.init_pending = False
             self.reset()
@@ -117,7 +123,7 @@ class Vcpu:
         """kvm_vcpu_reset() for an INIT: registers, but not those that firmware has."""
         self.interrupt, self.running.exception = None, None
         self.running.shadow = self.running.nmi_blocked = False
-        self.nmi_pending = 0
+        self.nmi_pending, self.smi_pending = 0, False
         self.apic.reset()
         if self.sev_es is not None:
             self.sev_es.init_event()
@@ -126,6 +132,27 @@ class Vcpu:
         signature = find_leaf(self.cpuid, 1)
         self.state.init_event(None if signature is None else signature.eax)
         self.running.unload()
+
+    @property
+    def smbase(self) -> int:
+        """Where the memory of SMM is."""
+        return self.state.msrs[msrs.SMBASE]
+
+    @smbase.setter
+    def smbase(self, value: int) -> None:
+        self.state.msrs[msrs.SMBASE] = value
+
+    def pend_smi(self) -> None:
+        """kvm_inject_smi(); SMM and encrypted state don't go together."""
+        if self.sev_es is None:
+            self.smi_pending = True
+            self.vm.scheduler.wake()
+
+    def set_smm(self, inside: bool) -> None:
+        """kvm_smm_changed(): from now on its memory is another."""
+        self.smm = inside
+        self.smm_inside_nmi = False
+        self.vm.slots.use_space(int(inside))
 
     def _deliver_sipi(self) -> None:
         if self.sev_es is not None:

@@ -37,6 +37,8 @@ def fill(vcpu: Vcpu, out: Any) -> None:
     out.interrupt.shadow = _SHADOWS if running.shadow else 0
     out.nmi.pending = vcpu.nmi_pending
     out.nmi.masked = vcpu.nmi_masked or running.nmi_blocked
+    out.smi.smm, out.smi.pending = vcpu.smm, vcpu.smi_pending
+    out.smi.smm_inside_nmi, out.smi.latched_init = vcpu.smm_inside_nmi, vcpu.init_pending
     out.flags = _REPORTED
 
 
@@ -67,4 +69,16 @@ def take(vcpu: Vcpu, events: Any) -> None:
         vcpu.nmi_masked = blocked
     if events.flags & lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.vm.irq.in_kernel:
         vcpu.sipi_vector = events.sipi_vector
+    if events.flags & lib.KVM_VCPUEVENT_VALID_SMM and vcpu.sev_es is None:
+        _take_smm(vcpu, events.smi)
     vcpu.vm.scheduler.wake()
+
+
+def _take_smm(vcpu: Vcpu, smi: Any) -> None:
+    if vcpu.smm != bool(smi.smm):
+        vcpu.set_smm(bool(smi.smm))
+    vcpu.smi_pending = bool(smi.pending)
+    if smi.smm:
+        vcpu.smm_inside_nmi = bool(smi.smm_inside_nmi)
+    if vcpu.vm.irq.in_kernel:
+        vcpu.init_pending = bool(smi.latched_init)

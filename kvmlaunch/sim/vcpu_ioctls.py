@@ -266,6 +266,11 @@ def _nmi(vcpu: Vcpu, arg: int) -> int:
     return 0
 
 
+def _smi(vcpu: Vcpu, arg: int) -> int:
+    vcpu.pend_smi()
+    return 0
+
+
 def _set_tsc_khz(vcpu: Vcpu, arg: int) -> int:
     vcpu.tsc_khz = arg & 0xFFFFFFFF or vcpu.vm.host.tsc_khz
     return 0
@@ -410,6 +415,7 @@ HANDLERS: Mapping[int, Callable[[Vcpu, int], int]] = MappingProxyType(
         lib.KVM_SET_SIGNAL_MASK: _set_signal_mask,
         lib.KVM_INTERRUPT: _interrupt,
         lib.KVM_NMI: _nmi,
+        lib.KVM_SMI: _smi,
         lib.KVM_SET_TSC_KHZ: _set_tsc_khz,
         lib.KVM_GET_TSC_KHZ: _get_tsc_khz,
         lib.KVM_PRE_FAULT_MEMORY: _pre_fault,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.sim import exits, plain_exits, plain_state, sync_regs, vmgexit
+from kvmlaunch.sim import exits, msrs, plain_exits, plain_state, smm, sync_regs, vmgexit
 from kvmlaunch.sim.guest_memory import MemoryFault
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.softcpu import (
@@ -23,6 +23,7 @@ from kvmlaunch.softcpu import (
     InvalidState,
     NestedFault,
     Pause,
+    Rsm,
     Shutdown,
     SoftCpu,
     VmgExit,
@@ -40,6 +41,7 @@ _EXIT_TICKS = 1000
 """What an exit costs, so that a guest that only exits uses up its turn."""
 _CR8_RESERVED = ~0xF
 _IF = 1 << 9
+_UD = 6
 _FAULT_FETCH = 1 << 4
 
 
@@ -62,6 +64,7 @@ class VcpuRun:
             Budget: self._nothing,
             DebugStop: self._debug_stop,
             DebugTrap: lambda event: self.vcpu.debug.trap(event),
+            Rsm: self._rsm,
             Halt: lambda event: self.halt(lib.KVM_MP_STATE_HALTED, lib.KVM_EXIT_HLT),
             InterruptWindow: self._nothing,
             InvalidState: self._fail_entry,
@@ -187,6 +190,7 @@ class VcpuRun:
         with vm.host.lock:
             if vcpu.mp_state != lib.KVM_MP_STATE_RUNNABLE:
                 return self._block()
+            vm.slots.use_space(int(vcpu.smm))
             entered = self._enter()
         if entered is not None:
             return entered
@@ -329,6 +333,14 @@ class VcpuRun:
         elif vcpu.debug.blocks_interrupts:
             cpu.want_window = False
             return None
+        elif vcpu.smi_pending and not vcpu.smm:
+            vcpu.smi_pending = False
+            vcpu.state.msrs[msrs.SMI_COUNT] += 1
+            smm.enter(vcpu)
+            vcpu.vm.check_alive()
+            if not self.load():
+                return InvalidState("the state at the beginning of SMM")
+            cpu = self.live_cpu
         elif vcpu.interrupt is not None and cpu.interruptible:
             vector, vcpu.interrupt = vcpu.interrupt, None
             event = cpu.inject_interrupt(vector)
@@ -383,6 +395,13 @@ class VcpuRun:
         exits.debug(self.vcpu.run, self.live_cpu.linear_rip)
         return 0
 
+    def _rsm(self, event: Rsm) -> int:
+        """em_rsm(): #UD outside SMM."""
+        if not self.vcpu.smm:
+            self.exception = (_UD, None)
+            return 1
+        return 1 if smm.leave(self.vcpu) else self._shutdown(event)
+
     def _pause(self, _event: object) -> int:
         """kvm_vcpu_on_spin(): let the others go on."""
         self.vcpu.vm.scheduler.give_up_turn(self.vcpu.seat)
@@ -412,6 +431,8 @@ class VcpuRun:
     def _shutdown(self, _event: object) -> int:
         """shutdown_interception(): a plain vCPU gets an INIT; encrypted state stays as it is."""
         if self.vcpu.sev_es is None:
+            if self.vcpu.smm:
+                self.vcpu.set_smm(False)
             self.vcpu.reset()
         self.vcpu.run.exit_reason = lib.KVM_EXIT_SHUTDOWN
         return 0
@@ -445,6 +466,7 @@ class VcpuRun:
             self._interrupt_flag = bool(vcpu.state.vmcb["rflags"] & _IF)
             self._interruptible = self._interrupt_flag
         run.if_flag = self._interrupt_flag
+        run.flags |= lib.KVM_RUN_X86_SMM if vcpu.smm else 0
         run.cr8 = vcpu.cr8
         run.apic_base = vcpu.state.apic_base
         run.ready_for_interrupt_injection = vcpu.vm.irq.pic or self._ready()

@@ -29,6 +29,7 @@ __all__ = [
     "MsrWrite",
     "NestedFault",
     "Pause",
+    "Rsm",
     "Shutdown",
     "VmgExit",
     "Vmmcall",
@@ -79,6 +80,11 @@ class Halt:
 @dataclasses.dataclass(frozen=True)
 class Pause:
     """PAUSE, where `CpuOptions.exit_on_pause` asks for it; RIP is behind it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rsm:
+    """RSM, plain guests only, which the owner does: the CPU knows no SMM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +205,7 @@ Event: TypeAlias = (
     | MsrWrite
     | NestedFault
     | Pause
+    | Rsm
     | Shutdown
     | VmgExit
     | Vmmcall

@@ -18,6 +18,7 @@ from .events import (
     MsrRead,
     MsrWrite,
     Pause,
+    Rsm,
     VmgExit,
     Vmmcall,
 )
@@ -71,6 +72,7 @@ class Exits:
         }
         if not core.options.snp:
             self._handlers[vc.CPUID] = self._cpuid
+            self._handlers[vc.RSM] = lambda _code: Rsm()
             for code in (vc.INVD, vc.WBINVD, vc.MONITOR, vc.MWAIT):
                 self._handlers[code] = lambda _code: core.skip()
 

@@ -76,6 +76,7 @@ _STRUCTS = {
     "KVM_GET_MP_STATE": "kvm_mp_state",
     "KVM_SET_MP_STATE": "kvm_mp_state",
     "KVM_NMI": "",
+    "KVM_SMI": "",
     "KVM_SET_GUEST_DEBUG": "kvm_guest_debug",
     "KVM_X86_SETUP_MCE": "",
     "KVM_X86_SET_MCE": "kvm_x86_mce",

@@ -1,0 +1,177 @@
+"""System management mode of plain guests (arch/x86/kvm/smm.c; the selftest smm_test)."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from kvmlaunch.uapi import lib
+
+from .driver import Memory, simulated, struct
+from .one_vcpu import Machine
+from .plain_vm import CODE, Vm
+from .test_tsc import get_msr, msr_entry
+
+OK = (0, 0)
+SMBASE, SMRAM, AREA = 0x100000, 0x10000, 0xFE00
+HANDLER = bytes.fromhex("b0fe e40e 0faa")  # mov al, 0xfe; in al, 0x0e; rsm
+LONG_MODE = (0x80000001, 0, 0, 0, 0, 0, 1 << 29)
+# Offsets from 0xFE00 (CHECK_SMRAM64_OFFSET and CHECK_SMRAM32_OFFSET of smm.c).
+LAYOUT_64 = {"rip": 0x178, "rflags": 0x170, "cr0": 0x158, "rax": 0x1F8, "rbx": 0x1E0}
+LAYOUT_64 |= {"smbase": 0x100, "revision": 0xFC}
+LAYOUT_32 = {"rip": 0x1F0, "rflags": 0x1F4, "cr0": 0x1FC, "rax": 0x1D0, "rbx": 0x1DC}
+LAYOUT_32 |= {"smbase": 0xF8, "revision": 0xFC}
+
+
+class SmmVm(Vm):
+    """A plain VM whose SMM has memory of its own, with a handler that asks user space."""
+
+    def __init__(self, code="4040f4", *, long=True, handler=HANDLER):
+        super().__init__(bytes.fromhex(code))
+        self.call = lambda name, args=0: self.ioctl(self.vcpu, getattr(lib, name), args)
+        if long:
+            self.ok(Machine.set_cpuid(self, LONG_MODE))
+        self.smram = Memory(SMRAM)
+        self.smram.write(handler, 0x8000)
+        region = struct(
+            "kvm_userspace_memory_region",
+            slot=1 << 16,
+            guest_phys_addr=SMBASE,
+            memory_size=SMRAM,
+            userspace_addr=self.smram.address,
+        )
+        self.ok(self.ioctl(self.vm, lib.KVM_SET_USER_MEMORY_REGION, region))
+        keep, header = msr_entry(0x9E, SMBASE)
+        assert self.call("KVM_SET_MSRS", header) == (1, 0)
+        del keep
+
+    def saved(self, offset):
+        return int.from_bytes(self.smram.read(4, AREA + offset), "little")
+
+    @property
+    def events(self):
+        return self.get(self.vcpu, lib.KVM_GET_VCPU_EVENTS)
+
+    def enter_smm(self):
+        self.ok(self.call("KVM_SMI"))
+        assert self.enter() == (OK, lib.KVM_EXIT_IO)
+
+
+@pytest.mark.parametrize(
+    ("long", "layout", "revision"), [(True, LAYOUT_64, 0x20064), (False, LAYOUT_32, 0x20000)]
+)
+def test_smi_saves_the_state_and_rsm_brings_it_back(long, layout, revision):
+    vm = SmmVm(long=long)
+    vm.set_regs(rax=0x1234, rbx=0x77, rflags=0x46)
+    vm.enter_smm()
+    saved = {name: vm.saved(offset) for name, offset in layout.items()}
+    assert saved.pop("cr0") == vm.get(vm.vcpu, lib.KVM_GET_SREGS).cr0
+    assert saved == {
+        **{"rip": CODE, "rflags": 0x46, "rax": 0x1234, "rbx": 0x77},
+        **{"smbase": SMBASE, "revision": revision},
+    }
+    assert (vm.regs.rax, vm.regs.rip) == (0x12FE, 0x8002)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert (vm.regs.rax, vm.regs.rbx, vm.regs.rip) == (0x1236, 0x77, CODE + 3)
+
+
+def test_smm_shows_in_the_run_page_and_in_events():
+    vm = SmmVm()
+    vm.enter_smm()
+    smi = vm.events.smi
+    assert (vm.run.flags, smi.smm, smi.pending, smi.smm_inside_nmi) == (1, 1, 0, 0)
+    assert vm.events.nmi.masked == 1
+    vm.enter()
+    assert (vm.run.flags, vm.events.smi.smm, vm.events.nmi.masked) == (0, 0, 0)
+    assert get_msr(vm, 0x34) == 1  # SMI_COUNT
+
+
+def test_rsm_takes_what_the_handler_left():
+    vm = SmmVm()
+    vm.enter_smm()
+    vm.smram.write((0x40).to_bytes(8, "little"), AREA + LAYOUT_64["rax"])
+    vm.smram.write(SMBASE.to_bytes(4, "little"), AREA + LAYOUT_64["smbase"])
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.regs.rax == 0x42
+
+
+def test_rsm_when_the_state_cannot_be_is_a_shutdown():
+    vm = SmmVm()
+    vm.enter_smm()
+    vm.smram.write((1 << 31).to_bytes(8, "little"), AREA + LAYOUT_64["cr0"])  # PG without PE
+    assert vm.enter() == (OK, lib.KVM_EXIT_SHUTDOWN)
+    assert vm.events.smi.smm == 0
+
+
+def test_rsm_outside_smm_is_an_undefined_opcode():
+    vm = SmmVm("0faa f4")
+    vm.ram.write(b"\xf4", 0x2000)
+    vm.ram.write((0x2000).to_bytes(4, "little"), 4 * 6)
+    vm.set_regs(rsp=0x3000)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.regs.rip == 0x2001
+
+
+def test_handler_has_memory_of_its_own():
+    """mov ax, [0x1000] in SMM: there is nothing; the guest outside has no SMRAM."""
+    vm = SmmVm(handler=bytes.fromhex("a10010 0faa"))
+    vm.ok(vm.call("KVM_SMI"))
+    assert vm.enter() == (OK, lib.KVM_EXIT_MMIO)
+    assert (vm.run.mmio.phys_addr, vm.run.mmio.len) == (0x1000, 2)
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+
+
+def test_second_smi_waits_for_the_end_of_the_first():
+    vm = SmmVm()
+    vm.enter_smm()
+    vm.ok(vm.call("KVM_SMI"))
+    assert vm.events.smi.pending == 1
+    assert vm.enter() == (OK, lib.KVM_EXIT_IO)
+    assert (vm.saved(LAYOUT_64["rip"]), vm.events.smi.pending) == (CODE, 0)
+
+
+def test_smi_by_events_is_as_good_as_the_ioctl():
+    vm = SmmVm()
+    events = vm.events
+    events.smi.pending, events.flags = 1, lib.KVM_VCPUEVENT_VALID_SMM
+    vm.ok(vm.call("KVM_SET_VCPU_EVENTS", events))
+    assert vm.enter() == (OK, lib.KVM_EXIT_IO)
+    assert vm.regs.rip == 0x8002
+
+
+def test_smm_by_events_changes_memory():
+    vm = SmmVm()
+    vm.enter_smm()
+    events, regs = vm.events, vm.regs
+    events.smi.smm, events.flags = 0, lib.KVM_VCPUEVENT_VALID_SMM
+    vm.ok(vm.call("KVM_SET_VCPU_EVENTS", events))
+    vm.enter()
+    assert vm.run.exit_reason != lib.KVM_EXIT_HLT  # nothing is at SMBASE + 0x8000 here
+    assert regs.rip == 0x8002
+
+
+def test_smi_without_memory_kills_the_vm():
+    vm = SmmVm()
+    keep, header = msr_entry(0x9E, 0x900000)
+    assert vm.call("KVM_SET_MSRS", header) == (1, 0)
+    vm.ok(vm.call("KVM_SMI"))
+    assert vm.enter()[0] == (-1, errno.EIO)
+    assert vm.call("KVM_GET_REGS", struct("kvm_regs")) == (-1, errno.EIO)
+    del keep
+
+
+def test_smi_of_a_guest_with_encrypted_state_is_dropped():
+    with simulated() as platform:
+        machine = Machine(platform, vm_type=4)
+        assert machine.call("KVM_SMI") == OK
+        assert machine.get(machine.vcpu, lib.KVM_GET_VCPU_EVENTS).smi.pending == 0
+
+
+def test_address_spaces_are_two_but_one_for_snp():
+    vm = SmmVm()
+    cap = lib.KVM_CAP_MULTI_ADDRESS_SPACE
+    assert vm.ioctl(vm.vm, lib.KVM_CHECK_EXTENSION, cap) == (2, 0)
+    with simulated() as platform:
+        machine = Machine(platform, vm_type=4)
+        assert machine.ioctl(machine.vm, lib.KVM_CHECK_EXTENSION, cap) == (1, 0)

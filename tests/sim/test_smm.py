@@ -140,6 +140,15 @@ def test_smi_by_events_is_as_good_as_the_ioctl():
     assert vm.regs.rip == 0x8002
 
 
+@pytest.mark.parametrize("mode", [0x200, 0x245])
+def test_smi_by_message_reaches_the_vcpu(mode):
+    with simulated() as platform:
+        machine = Machine(platform, split=True)
+        message = struct("kvm_msi", address_lo=0xFEE00000, data=mode)
+        assert machine.ioctl(machine.vm, lib.KVM_SIGNAL_MSI, message) == (1, 0)
+        assert machine.get(machine.vcpu, lib.KVM_GET_VCPU_EVENTS).smi.pending == 1
+
+
 def test_smm_by_events_changes_memory():
     vm = SmmVm()
     vm.enter_smm()

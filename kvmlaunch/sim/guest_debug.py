@@ -53,6 +53,7 @@ class GuestDebug:
         self.control = 0
         self._registers = [0] * 8
         self.step_is_due = False
+        self._is_news = False
 
     def set(self, debug: Any) -> None:
         """kvm_arch_vcpu_ioctl_set_guest_debug(). EBUSY."""
@@ -63,12 +64,13 @@ class GuestDebug:
             running.exception = (_DB if control & lib.KVM_GUESTDBG_INJECT_DB else _BP, None)
         self.control = control if control & lib.KVM_GUESTDBG_ENABLE else 0
         self._registers = list(debug.arch.debugreg)
-        self.step_is_due = False
-        if running.cpu is not None:
-            self.apply(running.cpu)
+        self.step_is_due, self._is_news = False, True
 
-    def apply(self, cpu: SoftCpu) -> None:
-        """Tell the CPU, which has just been made or is to do something else."""
+    def tell(self, cpu: SoftCpu) -> None:
+        """Tell the CPU, where it doesn't know yet; before it runs, when no other one does."""
+        if not self._is_news:
+            return
+        self._is_news = False
         first, second, third, fourth = self._registers[:4]
         hardware = self.control & lib.KVM_GUESTDBG_USE_HW_BP
         cpu.set_debug(

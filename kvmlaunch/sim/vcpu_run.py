@@ -241,6 +241,7 @@ class VcpuRun:
             return self._fail_entry(None)
         vcpu.vm.clock.update(vcpu)
         vcpu.vm.flush_if_changed()
+        vcpu.debug.tell(self.live_cpu)
         event = self._inject()
         if event is not None:
             return self._handle(event)
@@ -263,8 +264,6 @@ class VcpuRun:
                 cpu.ghcb = vcpu.sev_es.msr
             cpu.tsc_offset = vcpu.tsc_offset
             self.cpu = cpu
-            if vcpu.debug.control:
-                vcpu.debug.apply(cpu)
             if vcpu.vm.inspector is not None:
                 vcpu.vm.inspector.new_cpu(vcpu)
         # The GHCB MSR is the VMCB's: a new VMSA leaves it as it is.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 
 import pytest
 
@@ -108,3 +110,20 @@ def test_capability_names_every_bit():
     vm = Vm(b"\xf4")
     bits = ENABLE | STEP | SOFTWARE | HARDWARE | INJECT_DB | INJECT_BP | BLOCK_IRQ
     assert vm.ioctl(vm.vm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_SET_GUEST_DEBUG2) == (bits, 0)
+
+
+def test_debug_of_one_vcpu_is_set_while_another_one_runs():
+    """The CPUs share an engine, which must not be touched then."""
+    vm = Vm(bytes.fromhex("ff060030 ebfa"))  # inc word [0x3000]; again
+    other = vm.ok(vm.ioctl(vm.vm, lib.KVM_CREATE_VCPU, 1))
+    thread = threading.Thread(target=vm.enter)
+    thread.start()
+    while not any(vm.ram.read(2, 0x3000)):
+        time.sleep(0.001)
+    for _ in range(200):
+        debug = struct("kvm_guest_debug", control=ENABLE | HARDWARE)
+        debug.arch.debugreg[0], debug.arch.debugreg[7] = CODE, 0x402
+        assert vm.ioctl(other, lib.KVM_SET_GUEST_DEBUG, debug) == OK
+    vm.run.immediate_exit = 1
+    thread.join()
+    assert vm.run.exit_reason == lib.KVM_EXIT_INTR

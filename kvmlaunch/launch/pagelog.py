@@ -30,6 +30,7 @@ _PAGE_LINE = (
     '"origin":%s,"label":%s}\n'
 )
 _READ_BYTES = 8 << 20  # of a mapped file, in memory at a time
+_HASHED_BYTES = 1 << 18  # copied first: from the cache SHA-256 is a quarter faster
 
 
 class LogError(KvmLaunchError):
@@ -198,9 +199,11 @@ def _json_line(event: Mapping[str, Any]) -> bytes:
 
 def _sha256(data: memoryview) -> str:
     found = hashlib.sha256()
-    for at in range(0, len(data), _READ_BYTES):
-        found.update(data[at : at + _READ_BYTES])
-        forget(data)
+    for at in range(0, len(data), _HASHED_BYTES):
+        found.update(bytes(data[at : at + _HASHED_BYTES]))
+        if not (at + _HASHED_BYTES) % _READ_BYTES:
+            forget(data)
+    forget(data)
     return found.hexdigest()
 
 

@@ -45,10 +45,11 @@ def make_ffi() -> FFI:
 def make_hashing_ffi() -> FFI:
     """The FFI of the extension ``kvmlaunch.hashing._ext``."""
     ffi = FFI()
-    ffi.cdef(declarations(_HERE / "hashing.h"))
+    for name in ("hashing.h", "pagelog.h"):
+        ffi.cdef(declarations(_HERE / name))
     ffi.set_source(
         "kvmlaunch.hashing._ext",
-        '#include <stddef.h>\n#include <stdint.h>\n#include "hashing.h"\n',
+        '#include <stddef.h>\n#include <stdint.h>\n#include "hashing.h"\n#include "pagelog.h"\n',
     )
     return ffi
 

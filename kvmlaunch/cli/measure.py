@@ -28,7 +28,7 @@ from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, load_image
 from kvmlaunch.images.options import lacks_snp_active
 from kvmlaunch.images.sync_vmsas import finish_vmsas
-from kvmlaunch.launch.measure import firmware_digest, measure, page_records
+from kvmlaunch.launch.measure import firmware_digest, measure, record_batches
 
 __all__ = ["add_parser"]
 
@@ -130,11 +130,12 @@ def _page_by_page(plan: LaunchPlan, log_path: str | None, talk: Talk) -> bytes:
     with open_log(log_path) as log:
         log.header(plan, platform="prediction", profile="", vmsa_mode=str(plan.vmsa_mode))
         digest, pages = plan.start_digest, 0
-        for record in page_records(plan):
-            log.record(record)
+        for batch in record_batches(plan):
+            log.records(batch)
             if talk.verbose:
-                talk.detail(str(record))
-            digest, pages = record.digest, pages + 1
+                for record in batch.records:
+                    talk.detail(str(record))
+            digest, pages = batch.digest, pages + len(batch)
         log.finish(digest, pages)
     return digest
 

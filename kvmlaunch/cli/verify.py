@@ -78,7 +78,7 @@ def ask_about(args: argparse.Namespace, talk: Talk) -> tuple[LaunchPlan, Oracle]
 
 def _verify(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.launch.bisect import bisect_vmsas
-    from kvmlaunch.launch.measure import page_records
+    from kvmlaunch.launch.measure import record_batches
     from kvmlaunch.launch.oracle import Answer
     from kvmlaunch.launch.verify import verify
 
@@ -91,9 +91,9 @@ def _verify(args: argparse.Namespace, talk: Talk) -> int:
             vmsa_mode=str(plan.vmsa_mode),
         )
         pages = 0
-        for record in page_records(plan):
-            log.record(record)
-            pages += 1
+        for batch in record_batches(plan):
+            log.records(batch)
+            pages += len(batch)
         log.flush()
         verdict = verify(plan, oracle)
         known = verdict.answer is not Answer.UNKNOWN

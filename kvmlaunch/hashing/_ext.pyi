@@ -1,4 +1,4 @@
-# The compiled extension: csrc/hashing.h by cffi.
+# The compiled extension: csrc/hashing.h and pagelog.h by cffi.
 from typing import Any
 
 ffi: Any

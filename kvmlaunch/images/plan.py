@@ -187,25 +187,32 @@ class PageRange:
 
     def origin_of(self, index: int) -> str:
         """Where page ``index`` comes from: ``FILE+0xOFFSET``, or the range's origin."""
-        return next(self.origins(index, 1))
+        origin, offset, _ = next(self.origin_runs(index, 1))
+        return origin if offset is None else f"{origin}+{offset:#x}"
 
-    def origins(self, index: int, count: int) -> Iterator[str]:
-        """`origin_of` ``count`` pages from ``index``."""
+    def origin_runs(self, index: int, count: int) -> Iterator[tuple[str, int | None, int]]:
+        """Where ``count`` pages from ``index`` come from.
+
+        As (origin, offset of the first page if that is a file, else None, pages).
+        """
         end = index + count
         while index < end:
+            start = index * PAGE_SIZE
             piece = next(self._pieces_of(index), None)
             if piece is None:
-                yield self.origin
-                index += 1
-                continue
-            # It is the first one in all pages that begin in it, too.
-            following = max(index + 1, min(-(-piece.end // PAGE_SIZE), end))
-            for start in range(index * PAGE_SIZE, following * PAGE_SIZE, PAGE_SIZE):
-                if piece.origin.startswith("kvmlaunch:"):
-                    yield piece.origin
-                else:
-                    yield f"{piece.origin}+{piece.file_offset + max(start - piece.offset, 0):#x}"
-            index = following
+                following = self._following(start)
+                bare = following == len(self.pieces)
+                until = end if bare else self.pieces[following].offset // PAGE_SIZE
+                pages = max(1, min(until, end) - index)
+                yield self.origin, None, pages
+            else:
+                # It is the first one in all pages that begin in it, too.
+                until = index + 1 if piece.offset > start else -(-piece.end // PAGE_SIZE)
+                pages = max(1, min(until, end) - index)
+                named = not piece.origin.startswith("kvmlaunch:")
+                offset = piece.file_offset + max(start - piece.offset, 0)
+                yield piece.origin, offset if named else None, pages
+            index += pages
 
     def _following(self, offset: int) -> int:
         """Index of the first piece that begins behind ``offset``."""

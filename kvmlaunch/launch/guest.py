@@ -26,8 +26,8 @@ from kvmlaunch.images.options import SNP_ACTIVE, lacks_snp_active
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, VmsaMode
 from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm, apply_state, cbitpos
 from kvmlaunch.launch.cpuid import guest_cpuid, snp_cpuid_page
-from kvmlaunch.launch.measure import Predictor, finish_records
-from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.launch.measure import Predictor, finish_batches
+from kvmlaunch.launch.records import PageRecord, RecordBatch
 from kvmlaunch.launch.registers import read_registers
 from kvmlaunch.snp import CpuidRejected, Finished, New, Started
 from kvmlaunch.snp.req_certs import enable_req_certs
@@ -259,6 +259,11 @@ class Guest:
         ``retry_cpuid``: where the firmware refuses the CPUID page, take its
         correction and try once more; otherwise CpuidRejected shows the difference.
         """
+        for batch in self.update_batches(retry_cpuid=retry_cpuid):
+            yield from batch.records
+
+    def update_batches(self, *, retry_cpuid: bool = False) -> Iterator[RecordBatch]:
+        """The same; yields the records of pages that one call has launched together."""
         for step in self.plan.steps:
             yield from self._update_step(self._in_state("update"), step, retry_cpuid)
 
@@ -270,7 +275,8 @@ class Guest:
         state = self._in_state("finish")
         # A step in the wrong state must leave the prediction as it is.
         predictor = self._predictor.copy()
-        records = list(finish_records(self.plan, predictor))
+        batches = finish_batches(self.plan, predictor)
+        records = [record for batch in batches for record in batch.records]
         self._finish(state, predictor.digest)
         self._predictor = predictor
         self.records += records
@@ -327,13 +333,14 @@ class Guest:
 
     def _update_step(
         self, state: Started, step: PageRange, retry_cpuid: bool
-    ) -> Iterator[PageRecord]:
+    ) -> Iterator[RecordBatch]:
         vcpu = self.plan.vcpu_at(step)
         for pages in self._launch_step(state, step, retry_cpuid):
             # All that the kernel took is recorded before anyone looks at it.
-            batch = self._predictor.batch(step, pages.start, len(pages), vcpu)
-            self.records += batch
-            yield from batch
+            batches = list(self._predictor.batches(step, pages.start, len(pages), vcpu))
+            for batch in batches:
+                self.records += batch.records
+            yield from batches
 
     def _launch_step(self, state: Started, step: PageRange, retry_cpuid: bool) -> Iterator[range]:
         """Launch a range; yields the pages done by each call."""

@@ -13,7 +13,7 @@ from kvmlaunch.images.igvm.directives import Directives, walk
 from kvmlaunch.images.igvm.parse import IgvmFile
 from kvmlaunch.images.igvm.plan import plan_of
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
-from kvmlaunch.launch.measure import Predictor, finish_records
+from kvmlaunch.launch.measure import Predictor, finish_batches
 
 __all__ = ["OrderDigest", "order_digests", "overtakers"]
 
@@ -60,7 +60,7 @@ def _digest(plan: LaunchPlan) -> bytes:
     predictor = Predictor()
     for step in plan.steps:
         predictor.extend(step)
-    for _ in finish_records(plan, predictor):
+    for _ in finish_batches(plan, predictor):
         pass
     return predictor.digest
 
@@ -82,7 +82,7 @@ def _both(plan: LaunchPlan) -> tuple[bytes, bytes | None, str]:
         synced = to_sync(plan).plan
         for step in synced.steps[first:]:
             kvm_order.extend(step)
-        for _ in finish_records(synced, kvm_order):
+        for _ in finish_batches(synced, kvm_order):
             pass
     except FormatError as error:
         return file_order.digest, None, error.rule

@@ -11,22 +11,22 @@ from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
-from kvmlaunch.hashing import RECORD_SIZE
 from kvmlaunch.images.plan import LaunchPlan, PageRange
 from kvmlaunch.images.source import forget
 from kvmlaunch.images.sync_vmsas import finish_vmsas
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
-    from kvmlaunch.launch.records import PageRecord
+    from kvmlaunch.launch.records import PageRecord, RecordBatch
 
 __all__ = [
     "Measurement",
     "Predictor",
-    "finish_records",
+    "finish_batches",
     "firmware_digest",
     "measure",
     "page_records",
+    "record_batches",
 ]
 
 _RECORD_PAGES = 512  # whose records exist at a time
@@ -90,24 +90,28 @@ class Predictor:
         self, step: PageRange, index: int, count: int, vcpu: int | None = None
     ) -> list[PageRecord]:
         """Add ``count`` pages from ``index``; ``vcpu`` starts from them if that is a VMSA."""
-        records = []
+        batches = self.batches(step, index, count, vcpu)
+        return [record for batch in batches for record in batch.records]
+
+    def batches(
+        self, step: PageRange, index: int, count: int, vcpu: int | None = None
+    ) -> Iterator[RecordBatch]:
+        """The same, by what is hashed in one go, as it is."""
         for first, data, npages in self._runs(step, index, count):
-            origins = step.origins(first, npages)
+            origins = tuple(step.origin_runs(first, npages))
             gpa = step.gpa + first * PAGE_SIZE
-            records += self._add(step.type, gpa, data, npages, origins, step.label, vcpu)
-        return records
+            yield self._add(step.type, gpa, data, npages, origins, step.label, vcpu)
 
     def page(self, step: PageRange, index: int, vcpu: int | None = None) -> PageRecord:
         """Add one page, see `batch`."""
         (record,) = self.batch(step, index, 1, vcpu)
         return record
 
-    def finish_vmsa(self, plan: LaunchPlan, vcpu: int, vmsa: Vmsa) -> PageRecord:
+    def finish_vmsa(self, plan: LaunchPlan, vcpu: int, vmsa: Vmsa) -> RecordBatch:
         """Add a VMSA that SNP_LAUNCH_FINISH measures."""
-        origins = iter((f"vmm:{plan.vmm}" if plan.as_given else "kvm-sync",))
+        origins = ((f"vmm:{plan.vmm}" if plan.as_given else "kvm-sync", None, 1),)
         page, label = vmsa.encode(), f"vmsa {vcpu}"
-        (record,) = self._add(PageType.VMSA, plan.vmsa_gpa, page, 1, origins, label, vcpu)
-        return record
+        return self._add(PageType.VMSA, plan.vmsa_gpa, page, 1, origins, label, vcpu)
 
     def _runs(
         self, step: PageRange, index: int, count: int
@@ -132,32 +136,20 @@ class Predictor:
         gpa: int,
         data: Buffer | None,
         npages: int,
-        origins: Iterator[str],
+        origins: tuple[tuple[str, int | None, int], ...],
         label: str,
         vcpu: int | None,
-    ) -> list[PageRecord]:
-        from kvmlaunch.launch.records import PageRecord  # the digest alone needs none
+    ) -> RecordBatch:
+        from kvmlaunch.launch.records import RecordBatch  # the digest alone needs none
 
         found = self._hasher.records(self._digest, type_, gpa, data, npages)
-        records = [
-            PageRecord(
-                self._seq + n,
-                gpa + n * PAGE_SIZE,
-                type_,
-                found[n * RECORD_SIZE : n * RECORD_SIZE + DIGEST_SIZE],
-                found[n * RECORD_SIZE + DIGEST_SIZE : (n + 1) * RECORD_SIZE],
-                origin,
-                label,
-                vcpu,
-            )
-            for n, origin in enumerate(origins)
-        ]
-        self._digest = found[-DIGEST_SIZE:]
+        batch = RecordBatch(self._seq, gpa, type_, found, origins, label, vcpu)
+        self._digest = batch.digest
         self._seq += npages
-        return records
+        return batch
 
 
-def finish_records(plan: LaunchPlan, predictor: Predictor) -> Iterator[PageRecord]:
+def finish_batches(plan: LaunchPlan, predictor: Predictor) -> Iterator[RecordBatch]:
     """What SNP_LAUNCH_FINISH adds: in mode ``sync`` a VMSA per vCPU, else nothing."""
     for vcpu, vmsa in finish_vmsas(plan):
         yield predictor.finish_vmsa(plan, vcpu, vmsa)
@@ -165,13 +157,19 @@ def finish_records(plan: LaunchPlan, predictor: Predictor) -> Iterator[PageRecor
 
 def page_records(plan: LaunchPlan) -> Iterator[PageRecord]:
     """One record per page of the plan and per VMSA, in launch order."""
+    for batch in record_batches(plan):
+        yield from batch.records
+
+
+def record_batches(plan: LaunchPlan) -> Iterator[RecordBatch]:
+    """The same, in batches of a few hundred at most."""
     predictor = Predictor(start=plan.start_digest)
     for step in plan.steps:
         vcpu = plan.vcpu_at(step)
         for index in range(0, step.npages, _RECORD_PAGES):
             count = min(_RECORD_PAGES, step.npages - index)
-            yield from predictor.batch(step, index, count, vcpu)
-    yield from finish_records(plan, predictor)
+            yield from predictor.batches(step, index, count, vcpu)
+    yield from finish_batches(plan, predictor)
 
 
 def measure(plan: LaunchPlan) -> Measurement:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from kvmlaunch.abi.page import PageType
+from kvmlaunch.abi.digest import DIGEST_SIZE
+from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.hashing import RECORD_SIZE
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
-__all__ = ["PageRecord"]
+__all__ = ["PageRecord", "RecordBatch"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +62,54 @@ class PageRecord:
             f"{self.seq:6} {self.gpa:#014x} {self.type.name:<10} {self.contents.hex()[:16]} "
             f"{self.digest.hex()[:16]} {self.label} ({self.origin})"
         )
+
+
+@dataclass(frozen=True)
+class RecordBatch:
+    """Records of successive pages of one type that were hashed in one go.
+
+    Attributes:
+        seq, gpa: of the first.
+        type, label, vcpu: see `PageRecord`.
+        found: ``RECORD_SIZE`` bytes per page, see `kvmlaunch.hashing`.
+        origins: see `kvmlaunch.images.PageRange.origin_runs`.
+    """
+
+    seq: int
+    gpa: int
+    type: PageType
+    found: bytes
+    origins: tuple[tuple[str, int | None, int], ...]
+    label: str
+    vcpu: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.found) // RECORD_SIZE
+
+    @property
+    def digest(self) -> bytes:
+        """Launch digest after the last of them, 48 bytes."""
+        return self.found[-DIGEST_SIZE:]
+
+    @cached_property
+    def records(self) -> list[PageRecord]:
+        """They themselves."""
+        found = self.found
+        return [
+            PageRecord(
+                self.seq + n,
+                self.gpa + n * PAGE_SIZE,
+                self.type,
+                found[n * RECORD_SIZE : n * RECORD_SIZE + DIGEST_SIZE],
+                found[n * RECORD_SIZE + DIGEST_SIZE : (n + 1) * RECORD_SIZE],
+                origin,
+                self.label,
+                self.vcpu,
+            )
+            for n, origin in enumerate(self._origins())
+        ]
+
+    def _origins(self) -> Iterator[str]:
+        for origin, offset, pages in self.origins:
+            for n in range(pages):
+                yield origin if offset is None else f"{origin}+{offset + n * PAGE_SIZE:#x}"

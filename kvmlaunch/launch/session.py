@@ -55,12 +55,15 @@ class Session:
         try:
             self.guest.start()
             self.log.flush()
-            for record in self.guest.update(retry_cpuid=retry_cpuid):
-                self._note(record)
-                if record.seq + 1 in ends:
+            for batch in self.guest.update_batches(retry_cpuid=retry_cpuid):
+                self.log.records(batch)
+                if batch.seq + len(batch) in ends:
                     self.log.flush()
+                for record in batch.records:
+                    self.on_record(record)
             for record in self.guest.finish():
-                self._note(record)
+                self.log.record(record)
+                self.on_record(record)
             report = self.guest.witness()
             self.log.finish(self.guest.digest, report.pages, agrees=report.agrees)
         finally:
@@ -84,10 +87,6 @@ class Session:
             trace=trace,
             debugger=debugger,
         )
-
-    def _note(self, record: PageRecord) -> None:
-        self.log.record(record)
-        self.on_record(record)
 
     def _exit(self, vcpu: int, exit_: Exit) -> None:
         self.log.exit(vcpu, exit_.reason or str(exit_), str(exit_))

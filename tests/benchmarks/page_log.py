@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from kvmlaunch import LaunchPlan, PlanOptions, SimPlatform, load_image, measure, page_records
+from kvmlaunch import LaunchPlan, PlanOptions, SimPlatform, load_image, measure
+from kvmlaunch.launch.measure import record_batches
 from kvmlaunch.launch.pagelog import PageLog, open_log
 from kvmlaunch.launch.session import Session
 from tests.benchmarks.timing import Figure, compare, timed
@@ -50,7 +51,7 @@ def _logged(plan: LaunchPlan, path: str) -> Callable[[], float]:
     def call() -> None:
         with PageLog(path) as log:
             log.header(plan, platform="prediction", profile="", vmsa_mode=str(plan.vmsa_mode))
-            for record in page_records(plan):
-                log.record(record)
+            for batch in record_batches(plan):
+                log.records(batch)
 
     return timed(call, _PAGES)

@@ -17,9 +17,10 @@ import pytest
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import FirmwareError
 from kvmlaunch.images import LaunchPlan
+from kvmlaunch.launch import pagelog
 from kvmlaunch.launch.measure import measure, page_records
 from kvmlaunch.launch.pagelog import LogError, NullLog, PageLog, open_log
-from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.launch.records import PageRecord, RecordBatch
 from kvmlaunch.launch.session import Session
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.version import __version__
@@ -186,6 +187,47 @@ def test_record_when_written_is_its_event_as_json(changes: dict[str, Any], tmp_p
     assert path.read_text("ascii") == expected + "\n"
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"origins": (("a", None, 2), ("b", 0, 1))},
+        {"origins": (("b.elf", (1 << 32) - 4096, 2), ("", 0x123, 1))},
+        {"origins": (('k\u00e4rnel "1"\n\\%s+', 0xFFF, 3),), "label": "\x7f\u2028\0 %d"},
+        {"type": PageType.UNMEASURED, "seq": (1 << 64) - 3, "gpa": (1 << 64) - (3 << 12)},
+        {"type": PageType.SECRETS, "seq": 9, "gpa": 0},
+        {"type": PageType.VMSA, "vcpu": 1},
+    ],
+)
+def test_batch_when_written_is_the_events_of_its_records_as_json(
+    native: bool, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native and not pagelog._NATIVE:
+        pytest.skip("the hashing extension isn't built")
+    monkeypatch.setattr(pagelog, "_NATIVE", native)
+    found = bytes(range(256)) + bytes(32)
+    batch = RecordBatch(3, 0x1000, PageType.NORMAL, found, (("a.bin", 0, 3),), "image")
+    batch, path = replace(batch, **changes), tmp_path / "log"
+    with PageLog(str(path)) as log:
+        log.records(batch)
+    lines = [json.dumps(record.to_event(), separators=(",", ":")) for record in batch.records]
+    assert path.read_text("ascii").split("\n") == [*lines, ""]
+    assert len(lines) == len(batch) == 3
+
+
+def test_records_when_a_batch_is_taken_apart_are_its_pages() -> None:
+    found = bytes(n for n in range(6) for _ in range(48))
+    origins = (("a.bin", 0xF00, 2), ("zeros", None, 1))
+    batch = RecordBatch(7, 0x5000, PageType.NORMAL, found, origins, "image")
+    assert batch.records == [
+        PageRecord(7, 0x5000, PageType.NORMAL, b"\0" * 48, b"\1" * 48, "a.bin+0xf00", "image"),
+        PageRecord(8, 0x6000, PageType.NORMAL, b"\2" * 48, b"\3" * 48, "a.bin+0x1f00", "image"),
+        PageRecord(9, 0x7000, PageType.NORMAL, b"\4" * 48, b"\5" * 48, "zeros", "image"),
+    ]
+    assert batch.digest == b"\5" * 48
+
+
 # Exits and calls
 
 
@@ -289,7 +331,7 @@ def test_log_when_each_step_is_done_is_on_disk(tmp_path: Path) -> None:
 CRASH = """
 import os, signal, sys
 from kvmlaunch.launch.pagelog import PageLog
-from kvmlaunch.launch.records import PageRecord
+from kvmlaunch.launch.records import PageRecord, RecordBatch
 from kvmlaunch.launch.session import Session
 from kvmlaunch.sim import SimPlatform
 from tests.launch.rig import plan, step

@@ -6,7 +6,6 @@ What lies between the fields is reserved. A structure keeps non-zero reserved by
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 from kvmlaunch.errors import FormatError
@@ -23,12 +22,16 @@ Runs: TypeAlias = tuple[tuple[int, bytes], ...]
 
 def int_at(offset: int, size: int, **more: Any) -> Any:
     """Return a dataclass field for an unsigned integer; Any, for annotations to hold."""
+    import dataclasses  # a VMSA, which nearly every command needs, has a table without
+
     default = more.pop("default", 0)
     return dataclasses.field(default=default, metadata={"at": (offset, size), **more})
 
 
 def raw_at(offset: int, size: int, **more: Any) -> Any:
     """Return a dataclass field for bytes, zero by default."""
+    import dataclasses
+
     return dataclasses.field(default=bytes(size), metadata={"at": (offset, size), **more})
 
 

@@ -5,11 +5,11 @@ Source: AMD APM volume 2, tables B-2 and B-4; Linux `struct vmcb_seg`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import namedtuple
 
 from ._check import exact_size, uint
 from .page import Buffer
+from .record import Record
 
 __all__ = ["SEGMENT_FIELDS", "SEGMENT_SIZE", "Segment", "VmsaField"]
 
@@ -33,8 +33,7 @@ SEGMENT_FIELDS = (
 SEGMENT_SIZE = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
+class Segment(Record):
     """A segment register, 16 bytes.
 
     `attrib` is the VMCB's packed form: type 3:0, S 4, DPL 6:5, P 7, AVL 8, L 9, D/B 10, G 11.

@@ -11,7 +11,6 @@ copy of the VMCB.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import namedtuple
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -19,8 +18,9 @@ from types import MappingProxyType
 from kvmlaunch.errors import FormatError
 
 from ._check import exact_size, sized_bytes, uint
-from ._layout import Runs, canonical_runs, find_gaps, find_runs, int_at, raw_at
+from ._layout import Runs, canonical_runs, find_gaps, find_runs
 from .page import PAGE_SIZE, Buffer
+from .record import Record
 from .segment import SEGMENT_FIELDS, SEGMENT_SIZE, Segment, VmsaField
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
@@ -72,14 +72,23 @@ def describe_sev_features(value: int) -> list[str]:
     return [f"bit {b} {names.get(b, 'reserved')}" for b in range(64) if value >> b & 1]
 
 
-# ruff: noqa: RUF009 - each call in the table below makes a dataclasses.field()
+class _Place(namedtuple("_Place", "offset size default")):
+    """Where a field of the table below is."""
+
+
 def _seg(offset: int) -> Any:
-    return dataclasses.field(default=Segment(), metadata={"at": (offset, SEGMENT_SIZE)})
+    return _Place(offset, SEGMENT_SIZE, Segment())
 
 
-# What dataclasses would write for so many fields takes longer to make than all that needs it.
-@dataclasses.dataclass(frozen=True, init=False, repr=False, eq=False)
-class Vmsa:
+def _int(offset: int, size: int) -> Any:
+    return _Place(offset, size, 0)
+
+
+def _raw(offset: int, size: int) -> Any:
+    return _Place(offset, size, bytes(size))
+
+
+class Vmsa(Record):
     """One VMSA page. Fields are unsigned integers unless typed otherwise; default 0.
 
     Raises:
@@ -97,96 +106,96 @@ class Vmsa:
     ldtr: Segment = _seg(0x070)
     idtr: Segment = _seg(0x080)
     tr: Segment = _seg(0x090)
-    pl0_ssp: int = int_at(0x0A0, 8)
-    pl1_ssp: int = int_at(0x0A8, 8)
-    pl2_ssp: int = int_at(0x0B0, 8)
-    pl3_ssp: int = int_at(0x0B8, 8)
-    u_cet: int = int_at(0x0C0, 8)
-    vmpl: int = int_at(0x0CA, 1)
-    cpl: int = int_at(0x0CB, 1)
-    efer: int = int_at(0x0D0, 8)
-    xss: int = int_at(0x140, 8)
-    cr4: int = int_at(0x148, 8)
-    cr3: int = int_at(0x150, 8)
-    cr0: int = int_at(0x158, 8)
-    dr7: int = int_at(0x160, 8)
-    dr6: int = int_at(0x168, 8)
-    rflags: int = int_at(0x170, 8)
-    rip: int = int_at(0x178, 8)
-    dr0: int = int_at(0x180, 8)
-    dr1: int = int_at(0x188, 8)
-    dr2: int = int_at(0x190, 8)
-    dr3: int = int_at(0x198, 8)
-    dr0_addr_mask: int = int_at(0x1A0, 8)
-    dr1_addr_mask: int = int_at(0x1A8, 8)
-    dr2_addr_mask: int = int_at(0x1B0, 8)
-    dr3_addr_mask: int = int_at(0x1B8, 8)
-    rsp: int = int_at(0x1D8, 8)
-    s_cet: int = int_at(0x1E0, 8)
-    ssp: int = int_at(0x1E8, 8)
-    isst_addr: int = int_at(0x1F0, 8)
-    rax: int = int_at(0x1F8, 8)
-    star: int = int_at(0x200, 8)
-    lstar: int = int_at(0x208, 8)
-    cstar: int = int_at(0x210, 8)
-    sfmask: int = int_at(0x218, 8)
-    kernel_gs_base: int = int_at(0x220, 8)
-    sysenter_cs: int = int_at(0x228, 8)
-    sysenter_esp: int = int_at(0x230, 8)
-    sysenter_eip: int = int_at(0x238, 8)
-    cr2: int = int_at(0x240, 8)
-    g_pat: int = int_at(0x268, 8)
-    dbgctl: int = int_at(0x270, 8)
-    br_from: int = int_at(0x278, 8)
-    br_to: int = int_at(0x280, 8)
-    last_excp_from: int = int_at(0x288, 8)
-    last_excp_to: int = int_at(0x290, 8)
-    spec_ctrl: int = int_at(0x2E0, 8)
-    pkru: int = int_at(0x2E8, 4)
-    tsc_aux: int = int_at(0x2EC, 4)
-    guest_tsc_scale: int = int_at(0x2F0, 8)
-    guest_tsc_offset: int = int_at(0x2F8, 8)
-    reg_prot_nonce: int = int_at(0x300, 8)
-    rcx: int = int_at(0x308, 8)
-    rdx: int = int_at(0x310, 8)
-    rbx: int = int_at(0x318, 8)
-    rbp: int = int_at(0x328, 8)
-    rsi: int = int_at(0x330, 8)
-    rdi: int = int_at(0x338, 8)
-    r8: int = int_at(0x340, 8)
-    r9: int = int_at(0x348, 8)
-    r10: int = int_at(0x350, 8)
-    r11: int = int_at(0x358, 8)
-    r12: int = int_at(0x360, 8)
-    r13: int = int_at(0x368, 8)
-    r14: int = int_at(0x370, 8)
-    r15: int = int_at(0x378, 8)
-    guest_exit_info_1: int = int_at(0x390, 8)
-    guest_exit_info_2: int = int_at(0x398, 8)
-    guest_exit_int_info: int = int_at(0x3A0, 8)
-    guest_nrip: int = int_at(0x3A8, 8)
-    sev_features: int = int_at(0x3B0, 8)
-    vintr_ctrl: int = int_at(0x3B8, 8)
-    guest_exit_code: int = int_at(0x3C0, 8)
-    virtual_tom: int = int_at(0x3C8, 8)
-    tlb_id: int = int_at(0x3D0, 8)
-    pcpu_id: int = int_at(0x3D8, 8)
-    event_inj: int = int_at(0x3E0, 8)
-    xcr0: int = int_at(0x3E8, 8)
-    x87_dp: int = int_at(0x400, 8)
-    mxcsr: int = int_at(0x408, 4)
-    x87_ftw: int = int_at(0x40C, 2)
-    x87_fsw: int = int_at(0x40E, 2)
-    x87_fcw: int = int_at(0x410, 2)
-    x87_fop: int = int_at(0x412, 2)
-    x87_ds: int = int_at(0x414, 2)
-    x87_cs: int = int_at(0x416, 2)
-    x87_rip: int = int_at(0x418, 8)
-    fpreg_x87: bytes = raw_at(0x420, 80)
+    pl0_ssp: int = _int(0x0A0, 8)
+    pl1_ssp: int = _int(0x0A8, 8)
+    pl2_ssp: int = _int(0x0B0, 8)
+    pl3_ssp: int = _int(0x0B8, 8)
+    u_cet: int = _int(0x0C0, 8)
+    vmpl: int = _int(0x0CA, 1)
+    cpl: int = _int(0x0CB, 1)
+    efer: int = _int(0x0D0, 8)
+    xss: int = _int(0x140, 8)
+    cr4: int = _int(0x148, 8)
+    cr3: int = _int(0x150, 8)
+    cr0: int = _int(0x158, 8)
+    dr7: int = _int(0x160, 8)
+    dr6: int = _int(0x168, 8)
+    rflags: int = _int(0x170, 8)
+    rip: int = _int(0x178, 8)
+    dr0: int = _int(0x180, 8)
+    dr1: int = _int(0x188, 8)
+    dr2: int = _int(0x190, 8)
+    dr3: int = _int(0x198, 8)
+    dr0_addr_mask: int = _int(0x1A0, 8)
+    dr1_addr_mask: int = _int(0x1A8, 8)
+    dr2_addr_mask: int = _int(0x1B0, 8)
+    dr3_addr_mask: int = _int(0x1B8, 8)
+    rsp: int = _int(0x1D8, 8)
+    s_cet: int = _int(0x1E0, 8)
+    ssp: int = _int(0x1E8, 8)
+    isst_addr: int = _int(0x1F0, 8)
+    rax: int = _int(0x1F8, 8)
+    star: int = _int(0x200, 8)
+    lstar: int = _int(0x208, 8)
+    cstar: int = _int(0x210, 8)
+    sfmask: int = _int(0x218, 8)
+    kernel_gs_base: int = _int(0x220, 8)
+    sysenter_cs: int = _int(0x228, 8)
+    sysenter_esp: int = _int(0x230, 8)
+    sysenter_eip: int = _int(0x238, 8)
+    cr2: int = _int(0x240, 8)
+    g_pat: int = _int(0x268, 8)
+    dbgctl: int = _int(0x270, 8)
+    br_from: int = _int(0x278, 8)
+    br_to: int = _int(0x280, 8)
+    last_excp_from: int = _int(0x288, 8)
+    last_excp_to: int = _int(0x290, 8)
+    spec_ctrl: int = _int(0x2E0, 8)
+    pkru: int = _int(0x2E8, 4)
+    tsc_aux: int = _int(0x2EC, 4)
+    guest_tsc_scale: int = _int(0x2F0, 8)
+    guest_tsc_offset: int = _int(0x2F8, 8)
+    reg_prot_nonce: int = _int(0x300, 8)
+    rcx: int = _int(0x308, 8)
+    rdx: int = _int(0x310, 8)
+    rbx: int = _int(0x318, 8)
+    rbp: int = _int(0x328, 8)
+    rsi: int = _int(0x330, 8)
+    rdi: int = _int(0x338, 8)
+    r8: int = _int(0x340, 8)
+    r9: int = _int(0x348, 8)
+    r10: int = _int(0x350, 8)
+    r11: int = _int(0x358, 8)
+    r12: int = _int(0x360, 8)
+    r13: int = _int(0x368, 8)
+    r14: int = _int(0x370, 8)
+    r15: int = _int(0x378, 8)
+    guest_exit_info_1: int = _int(0x390, 8)
+    guest_exit_info_2: int = _int(0x398, 8)
+    guest_exit_int_info: int = _int(0x3A0, 8)
+    guest_nrip: int = _int(0x3A8, 8)
+    sev_features: int = _int(0x3B0, 8)
+    vintr_ctrl: int = _int(0x3B8, 8)
+    guest_exit_code: int = _int(0x3C0, 8)
+    virtual_tom: int = _int(0x3C8, 8)
+    tlb_id: int = _int(0x3D0, 8)
+    pcpu_id: int = _int(0x3D8, 8)
+    event_inj: int = _int(0x3E0, 8)
+    xcr0: int = _int(0x3E8, 8)
+    x87_dp: int = _int(0x400, 8)
+    mxcsr: int = _int(0x408, 4)
+    x87_ftw: int = _int(0x40C, 2)
+    x87_fsw: int = _int(0x40E, 2)
+    x87_fcw: int = _int(0x410, 2)
+    x87_fop: int = _int(0x412, 2)
+    x87_ds: int = _int(0x414, 2)
+    x87_cs: int = _int(0x416, 2)
+    x87_rip: int = _int(0x418, 8)
+    fpreg_x87: bytes = _raw(0x420, 80)
     """ST0..ST7: 8 x the low 8 bytes, then 8 x the high 2 bytes."""
-    fpreg_xmm: bytes = raw_at(0x470, 256)
+    fpreg_xmm: bytes = _raw(0x470, 256)
     """XMM0..XMM15."""
-    fpreg_ymm: bytes = raw_at(0x570, 256)
+    fpreg_ymm: bytes = _raw(0x570, 256)
     """High halves of YMM0..YMM15."""
     reserved: Runs = ()
     """(offset, bytes) of what is not zero outside the fields; at most one run per gap."""
@@ -250,7 +259,7 @@ class Vmsa:
         for name in changes:
             if name not in _DEFAULTS and name != "reserved":
                 raise _unknown(name)
-        return dataclasses.replace(self, **changes)
+        return super().replace(**changes)
 
     def get(self, name: str) -> int | bytes | Segment:
         """Return the value of a field by its name, also dotted (`cs.attrib`)."""
@@ -282,7 +291,7 @@ class Vmsa:
             if sub:
                 segment = changed.get(head, getattr(self, head))
                 try:
-                    value = dataclasses.replace(segment, **{sub: value})
+                    value = segment.replace(**{sub: value})
                 except FormatError as error:
                     raise FormatError(f"{head}.{error.rule}") from None
             changed[head] = value
@@ -300,15 +309,13 @@ class Vmsa:
         return f"Vmsa({', '.join(shown)})"
 
 
-def _table() -> tuple[VmsaField, ...]:
-    fields = (f for f in dataclasses.fields(Vmsa) if "at" in f.metadata)
-    return tuple(VmsaField(f.name, *f.metadata["at"]) for f in fields)
+_PLACES = {name: place for name, place in vars(Vmsa).items() if isinstance(place, _Place)}
 
-
-VMSA_FIELDS = _table()
+VMSA_FIELDS = tuple(VmsaField(name, place.offset, place.size) for name, place in _PLACES.items())
 """Every named field, in the order of the page."""
 
-_DEFAULTS: dict[str, int | bytes | Segment] = {f.name: getattr(Vmsa, f.name) for f in VMSA_FIELDS}
+_DEFAULTS: dict[str, int | bytes | Segment] = {name: p.default for name, p in _PLACES.items()}
+Vmsa.set_defaults(_DEFAULTS)
 _SIZES = {f.name: f.size for f in VMSA_FIELDS}
 
 _GAPS = find_gaps(((f.offset, f.size) for f in VMSA_FIELDS), PAGE_SIZE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from dataclasses import replace
 
 from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.cli.talk import Talk
@@ -122,12 +121,12 @@ def proposal_from(args: argparse.Namespace) -> Proposal:
 def _finished(choice: VmsaChoice, gpa: int | None, edits: _Edits) -> VmsaChoice:
     if choice.vcpu is None:
         return choice
-    edited = replace(choice, edits=tuple(edits.get(choice.vcpu, ())))
+    edited = choice.replace(edits=tuple(edits.get(choice.vcpu, ())))
     if choice.vcpu or gpa is None:
         return edited
     if choice.gpa is not None:
         raise FormatError("vCPU 0's VMSA has two GPAs: --vmsa-gpa and --vmsa")
-    return replace(edited, gpa=gpa)
+    return edited.replace(gpa=gpa)
 
 
 def _parts(text: str) -> re.Match[str]:
@@ -145,7 +144,7 @@ def _choice(text: str) -> VmsaChoice:
         vcpu=None if vcpu.lower() == "none" else _number(vcpu),
         gpa=None if gpa is None else _number(gpa),
     )
-    return replace(choice, page=_page(path), origin=os.path.basename(path)) if path else choice
+    return choice.replace(page=_page(path), origin=os.path.basename(path)) if path else choice
 
 
 def _page(path: str) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import replace
 
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images.options import PlanOptions
@@ -86,7 +85,7 @@ def _with_vmsas(plan: LaunchPlan, options: PlanOptions) -> LaunchPlan:
     if mode is VmsaMode.SYNC:
         return plan
     if plan.vmsa_mode is not VmsaMode.SYNC and not options.vmsas:
-        return replace(plan, vmsa_mode=mode)
+        return plan.replace(vmsa_mode=mode)
     from kvmlaunch.images.vmsas import VmsaChoice, supply_vmsas
 
     return supply_vmsas(plan, mode, options.vmsas or (VmsaChoice(),), forced=options.forced)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.plan import (
@@ -62,8 +62,7 @@ Blob: TypeAlias = str | os.PathLike[str] | bytes
 """A file to read once, from its start to its end, or its bytes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(Record, kw_only=True, unshown=("kernel", "initrd", "svsm")):
     """Choices for :func:`kvmlaunch.images.load_image`. FormatError if one makes no sense.
 
     Attributes:
@@ -116,10 +115,10 @@ class PlanOptions:
     vmsas: tuple[VmsaChoice, ...] = ()
     forced: bool = False
     vmm: VmmProfile | None = None
-    kernel: Blob | None = field(default=None, repr=False)
-    initrd: Blob | None = field(default=None, repr=False)
+    kernel: Blob | None = None
+    initrd: Blob | None = None
     append: str | None = None
-    svsm: Blob | None = field(default=None, repr=False)
+    svsm: Blob | None = None
     vars_size: int | None = None
     firmware_digest: bytes | None = None
     compat: str | None = None

@@ -12,11 +12,12 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 
@@ -87,8 +88,7 @@ class Pieces(Sequence[Piece]):
         """Index of the first piece that begins behind ``offset`` (bytes from the range's start)."""
 
 
-@dataclass(frozen=True)
-class PageRange:
+class PageRange(Record):
     """Successive pages of one type, launched in ascending order.
 
     ``pieces`` are sorted and don't overlap; what they leave out is zero. Types
@@ -139,7 +139,7 @@ class PageRange:
                 data = piece.data[skipped : high - piece.offset]
                 at = piece.file_offset + skipped
                 pieces.append(piece._replace(offset=low - start, data=data, file_offset=at))
-        return replace(self, gpa=self.gpa + start, size=stop - start, pieces=tuple(pieces))
+        return self.replace(gpa=self.gpa + start, size=stop - start, pieces=tuple(pieces))
 
     def page(self, index: int) -> memoryview:
         """The 4096 bytes of page ``index``: a view where one piece covers the page."""
@@ -232,8 +232,7 @@ class PageRange:
                 yield piece
 
 
-@dataclass(frozen=True)
-class MemoryRegion:
+class MemoryRegion(Record):
     """Guest memory that is backed by RAM: ``gpa``, ``size`` in bytes, ``label``."""
 
     gpa: int
@@ -282,8 +281,7 @@ def free_gpa(
     return None
 
 
-@dataclass(frozen=True)
-class LaunchPlan:
+class LaunchPlan(Record, unshown=("data", "vcpus"), unhashed=("bindings",)):
     """What will be launched, in the order of the launch.
 
     Attributes:
@@ -321,10 +319,10 @@ class LaunchPlan:
 
     image: str
     image_type: str
-    data: memoryview = field(repr=False)
+    data: memoryview
     memory: tuple[MemoryRegion, ...]
     steps: tuple[PageRange, ...]
-    vcpus: tuple[Vmsa, ...] = field(repr=False)
+    vcpus: tuple[Vmsa, ...]
     policy: int = DEFAULT_POLICY
     sev_features: int = 1
     host_data: bytes = bytes(32)
@@ -338,7 +336,7 @@ class LaunchPlan:
     vcek_disabled: bool = False
     partial: bool = False
     vmsa_mode: VmsaMode = VmsaMode.SYNC
-    bindings: Mapping[int, int] = field(default_factory=dict, hash=False)
+    bindings: Mapping[int, int] = MappingProxyType({})
     forced: bool = False
     vmm: str = ""
     as_given: bool = False
@@ -385,7 +383,7 @@ class LaunchPlan:
 
     def on_kvm(self) -> LaunchPlan:
         """The plan as mainline KVM launches it, whatever another VMM's VMSAs are."""
-        return replace(self, as_given=False, vmsa_gpa=SYNC_VMSA_GPA)
+        return self.replace(as_given=False, vmsa_gpa=SYNC_VMSA_GPA)
 
     def step_at(self, gpa: int) -> PageRange | None:
         """The page range that holds ``gpa``, or None."""

@@ -10,9 +10,9 @@ import functools
 import os
 from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
 from kvmlaunch.abi.page import PageType
+from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError, ImageError
 
@@ -41,15 +41,14 @@ class VcpuStart(namedtuple("VcpuStart", "registers eip signature", defaults=(Non
     def at(self, eip: int, *, signature: int, sev_features: int) -> Vmsa:
         """The state in real mode at ``eip`` (32 bits)."""
         return self.registers.replace(
-            cs=replace(self.registers.cs, base=eip & 0xFFFF0000),
+            cs=self.registers.cs.replace(base=eip & 0xFFFF0000),
             rip=eip & 0xFFFF,
             rdx=signature if self.signature else self.registers.rdx,
             sev_features=sev_features,
         )
 
 
-@dataclass(frozen=True)
-class VmmProfile:
+class VmmProfile(Record, unshown=("bsp", "ap", "sources"), unhashed=("sections", "sources")):
     """How a VMM launches firmware.
 
     Attributes:
@@ -68,15 +67,15 @@ class VmmProfile:
 
     name: str
     description: str
-    bsp: VcpuStart = field(repr=False)
-    ap: VcpuStart | None = field(repr=False)
+    bsp: VcpuStart
+    ap: VcpuStart | None
     pages: tuple[str, ...]
-    sections: Mapping[str, PageType] = field(hash=False)
+    sections: Mapping[str, PageType]
     kernel_hashes: bool
     svsm: bool
     vmsa_gpa: int
     as_given: bool
-    sources: Mapping[str, str] = field(repr=False, hash=False)
+    sources: Mapping[str, str]
 
     def page_type(self, section: str) -> PageType:
         """How a metadata section of that name is launched."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from kvmlaunch.abi.kvm_sync import not_carried, synced
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
+from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.vmsa import FieldDiff, Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion, PageRange, Piece, VmsaMode, free_gpa
@@ -27,8 +28,7 @@ BUILT = "kvmlaunch:vmsa"
 _LARGE_PAGE = 2 << 20
 
 
-@dataclass(frozen=True)
-class VmsaChoice:
+class VmsaChoice(Record):
     """One VMSA page that somebody wants in the launch.
 
     Attributes: ``vcpu`` that starts from it, None to have it measured only; ``gpa``, None for

@@ -24,7 +24,6 @@ gce-tcb-verifier and follows the command word of LAUNCH_UPDATE.
 
 from __future__ import annotations
 
-import re
 import struct
 
 from kvmlaunch.errors import FormatError
@@ -215,6 +214,8 @@ def parse_digest(text: str) -> bytes:
     Raises:
         FormatError: anything else.
     """
+    import re  # a digest is mostly asked for, not given
+
     text = text.strip()
     if found := re.fullmatch(_HEX, text):
         return bytes.fromhex(found[1])

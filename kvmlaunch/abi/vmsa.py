@@ -72,20 +72,17 @@ def describe_sev_features(value: int) -> list[str]:
     return [f"bit {b} {names.get(b, 'reserved')}" for b in range(64) if value >> b & 1]
 
 
-class _Place(namedtuple("_Place", "offset size default")):
-    """Where a field of the table below is."""
-
-
+# A line of the table below: offset, size, default.
 def _seg(offset: int) -> Any:
-    return _Place(offset, SEGMENT_SIZE, Segment())
+    return offset, SEGMENT_SIZE, Segment()
 
 
 def _int(offset: int, size: int) -> Any:
-    return _Place(offset, size, 0)
+    return offset, size, 0
 
 
 def _raw(offset: int, size: int) -> Any:
-    return _Place(offset, size, bytes(size))
+    return offset, size, bytes(size)
 
 
 class Vmsa(Record):
@@ -309,12 +306,12 @@ class Vmsa(Record):
         return f"Vmsa({', '.join(shown)})"
 
 
-_PLACES = {name: place for name, place in vars(Vmsa).items() if isinstance(place, _Place)}
+_TABLE = {name: vars(Vmsa)[name] for name in Vmsa.__annotations__ if name != "reserved"}
 
-VMSA_FIELDS = tuple(VmsaField(name, place.offset, place.size) for name, place in _PLACES.items())
+VMSA_FIELDS = tuple(VmsaField(name, at, size) for name, (at, size, _) in _TABLE.items())
 """Every named field, in the order of the page."""
 
-_DEFAULTS: dict[str, int | bytes | Segment] = {name: p.default for name, p in _PLACES.items()}
+_DEFAULTS: dict[str, int | bytes | Segment] = {name: line[2] for name, line in _TABLE.items()}
 Vmsa.set_defaults(_DEFAULTS)
 _SIZES = {f.name: f.size for f in VMSA_FIELDS}
 

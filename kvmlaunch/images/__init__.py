@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 from kvmlaunch.errors import FormatError, ImageError
@@ -34,7 +33,6 @@ __all__ = [
     "to_sync",
 ]
 
-_LOADERS = ("elf", "flat", "igvm", "ovmf")  # modules; an image needs one of them
 _NOT_YET = {"linux": "Linux kernels (bzImage)"}
 
 _DEFAULTS = PlanOptions()
@@ -43,7 +41,9 @@ _DEFAULTS = PlanOptions()
 def __getattr__(name: str) -> object:
     if name not in ("SyncFallback", "VmsaChoice", "to_sync"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("kvmlaunch.images.vmsas"), name)
+    from kvmlaunch.images import vmsas
+
+    return getattr(vmsas, name)
 
 
 def load_image(
@@ -73,9 +73,17 @@ def load_image(
 
 
 def _load(kind: str, source: ImageSource, options: PlanOptions) -> LaunchPlan:
-    assert kind in _LOADERS
-    plan: LaunchPlan = importlib.import_module(f"{__name__}.{kind}").load(source, options)
-    return plan
+    # An image needs one of them.
+    if kind == "ovmf":
+        from kvmlaunch.images.ovmf import load
+    elif kind == "elf":
+        from kvmlaunch.images.elf import load
+    elif kind == "igvm":
+        from kvmlaunch.images.igvm import load
+    else:
+        assert kind == "flat"
+        from kvmlaunch.images.flat import load
+    return load(source, options)
 
 
 def _with_vmsas(plan: LaunchPlan, options: PlanOptions) -> LaunchPlan:

@@ -24,7 +24,7 @@ from kvmlaunch.images.ovmf_table import (
 )
 from kvmlaunch.images.plan import LaunchPlan, MemoryRegion
 from kvmlaunch.images.source import ImageSource
-from kvmlaunch.images.vmm import VmmProfile, load_vmm
+from kvmlaunch.images.vmm import VmmProfile, default_vmm
 
 __all__ = ["load"]
 
@@ -36,7 +36,7 @@ def load(source: ImageSource, options: PlanOptions) -> LaunchPlan:
             "firmware ends at 4 GiB and starts at the reset vector; "
             "it takes no load address or entry point"
         )
-    vmm = options.vmm or load_vmm("QEMU")
+    vmm = options.vmm or default_vmm()
     check_size(source)
     if options.svsm is not None:
         from kvmlaunch.images.svsm import plan_svsm

@@ -13,10 +13,13 @@ from collections.abc import Mapping
 
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.record import Record
+from kvmlaunch.abi.reset import BSP_EIP, qemu_reset
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.images.ovmf_table import SECTION_TYPES
+from kvmlaunch.images.plan import SYNC_VMSA_GPA
 
-__all__ = ["BUILT_IN", "VcpuStart", "VmmProfile", "is_profile_path", "load_vmm"]
+__all__ = ["BUILT_IN", "VcpuStart", "VmmProfile", "default_vmm", "is_profile_path", "load_vmm"]
 
 BUILT_IN = (
     *("QEMU", "QEMU-before-6.10", "alioth", "ec2", "ec2-rdx0", "gce", "gce-genoa", "krun", "kvm"),
@@ -109,6 +112,28 @@ class VmmProfile(Record, unshown=("bsp", "ap", "sources"), unhashed=("sections",
     def needs_reset_block(self) -> bool:
         """Whether vCPUs other than the first start where the firmware says."""
         return self.ap is not None and self.ap.eip is None
+
+
+def default_vmm() -> VmmProfile:
+    """QEMU's profile, as `load_vmm` has it but without description and sources.
+
+    To read a file of JSON takes longer than to measure firmware.
+    """
+    registers = qemu_reset(0, signature=0, sev_features=0)
+    sections = dict.fromkeys((*SECTION_TYPES.values(), "other"), PageType.ZERO)
+    return VmmProfile(
+        name="QEMU",
+        description="",
+        bsp=VcpuStart(registers, BSP_EIP, True),
+        ap=VcpuStart(registers, None, True),
+        pages=("firmware", "metadata"),
+        sections={**sections, "secrets": PageType.SECRETS, "cpuid": PageType.CPUID},
+        kernel_hashes=True,
+        svsm=True,
+        vmsa_gpa=SYNC_VMSA_GPA,
+        as_given=False,
+        sources={},
+    )
 
 
 def is_profile_path(name: str) -> bool:

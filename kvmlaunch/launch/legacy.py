@@ -20,7 +20,7 @@ from kvmlaunch.images.ovmf_hashes import check_hashes_place, read_hashes
 from kvmlaunch.images.ovmf_pages import check_size
 from kvmlaunch.images.ovmf_table import has_table, parse_table
 from kvmlaunch.images.source import ImageSource, open_image
-from kvmlaunch.images.vmm import load_vmm
+from kvmlaunch.images.vmm import default_vmm
 
 __all__ = ["LEGACY_MODES", "LegacyLaunch", "plan_legacy"]
 
@@ -72,7 +72,7 @@ def plan_legacy(
 
 def _plan(source: ImageSource, mode: str, options: PlanOptions) -> LegacyLaunch:
     check_size(source)
-    vmm = options.vmm or load_vmm("QEMU")
+    vmm = options.vmm or default_vmm()
     # Plain SEV asks nothing of firmware, so that any can be measured.
     needed = options.kernel is not None or (mode == "seves" and options.vcpus > 1)
     tables = parse_table(source) if needed or has_table(source) else None

@@ -17,7 +17,7 @@ from kvmlaunch.abi.vmsa import VMSA_FIELDS, diff
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import VmmProfile, load_image, load_vmm
 from kvmlaunch.images.options import PlanOptions
-from kvmlaunch.images.vmm import BUILT_IN
+from kvmlaunch.images.vmm import BUILT_IN, default_vmm
 from kvmlaunch.images.vmm_file import parse_vmm
 from kvmlaunch.launch.measure import measure
 from tests.images.builders import ovmf
@@ -60,6 +60,12 @@ def states(vmm: VmmProfile, count: int = 2, features: int = 1) -> Any:
 
 
 # The package's
+
+
+def test_default_profile_is_that_of_its_file_but_for_texts() -> None:
+    usual = default_vmm()
+    texts = {"description": usual.description, "sources": usual.sources}
+    assert usual == load_vmm("QEMU").replace(**texts)
 
 
 def test_profiles_when_listed_are_those_of_the_folder() -> None:

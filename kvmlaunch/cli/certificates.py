@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
 from kvmlaunch.cli.talk import Talk
 from kvmlaunch.errors import FormatError
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    import argparse
+
     from kvmlaunch.attestation.certificates import Certificate
     from kvmlaunch.sim import SimPlatform
     from kvmlaunch.uapi import Platform

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable
-from functools import partial
-
 from kvmlaunch.abi.digest import format_digest, parse_digest
 from kvmlaunch.abi.page import Buffer, PageType
 from kvmlaunch.cli.mode_options import (
@@ -30,17 +26,34 @@ from kvmlaunch.images.options import lacks_snp_active
 from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.launch.measure import firmware_digest, measure, record_batches
 
-__all__ = ["add_parser"]
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+    from typing import Any
+
+    from kvmlaunch.cli.quick import Parser
+
+__all__ = ["add_options", "add_parser"]
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the command."""
+    import argparse
+    from functools import partial
+
     parser = commands.add_parser(
         "measure",
         help="print the launch digest",
         description="Predict the SNP launch digest of an image. Needs no SNP host, no root.",
         formatter_class=partial(argparse.HelpFormatter, width=help_width()),
     )
+    # Without a default, which would undo the one before COMMAND.
+    add_options(parser, verbose=argparse.SUPPRESS)
+
+
+def add_options(parser: Parser, *, verbose: Any = False) -> None:
+    """The command's options, for argparse and for `QuickParser`; ``verbose`` is a default."""
     add_image_options(parser)
     add_mode_options(parser)
     add_svsm_options(parser)
@@ -55,12 +68,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="instead of a prediction say which options give this digest (hex or base64), by "
         "trying other numbers of vCPUs, features, CPUs, VMMs, page types, orders …",
     )
-    # Where sev-snp-measure has it; without a default, which would undo the one before COMMAND.
+    # Where sev-snp-measure has it.
     parser.add_argument(
         "-v",
         "--verbose",
         action="store_true",
-        default=argparse.SUPPRESS,
+        default=verbose,
         help="say more (on stderr)",
     )
     parser.set_defaults(command=_measure)

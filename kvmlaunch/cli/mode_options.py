@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import stat
 
 from kvmlaunch.abi.digest import parse_digest
+from kvmlaunch.cli.quick import bad_argument
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images.options import COMPAT
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    import argparse
     from typing import Any
+
+    from kvmlaunch.cli.quick import Parser
 
 __all__ = [
     "LEGACY_MODES",
@@ -29,7 +32,7 @@ LEGACY_MODES = ("seves", "sev")
 _CHUNK = 1 << 20
 
 
-def add_mode_options(parser: argparse.ArgumentParser) -> None:
+def add_mode_options(parser: Parser) -> None:
     """What is predicted, and what else is written."""
     group = parser.add_argument_group("mode")
     group.add_argument(
@@ -49,7 +52,7 @@ def add_mode_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_svsm_options(parser: argparse.ArgumentParser) -> None:
+def add_svsm_options(parser: Parser) -> None:
     """An SVSM below the firmware."""
     group = parser.add_argument_group("SVSM")
     group.add_argument("--svsm", metavar="FILE", help="coconut SVSM image, below --ovmf")
@@ -121,4 +124,4 @@ def _bytes(text: str) -> int:
     try:
         return int(text, 0)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes") from None
+        raise bad_argument(f"{text!r} is not a number of bytes") from None

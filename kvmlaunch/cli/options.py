@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
 from kvmlaunch.cli.certificates import certificate_files
 from kvmlaunch.cli.mode_options import mode_choices
+from kvmlaunch.cli.quick import bad_argument
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsa_files, vmsas_from
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, PlanOptions, VmmProfile, load_image, load_vmm
 from kvmlaunch.images.options import DEFAULT_CBITPOS, DEFAULT_SIGNATURE, IMAGE_TYPES, ORDERS
 from kvmlaunch.images.vmm import BUILT_IN, is_profile_path
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    import argparse
+
+    from kvmlaunch.cli.quick import Parser
 
 __all__ = [
     "add_image_options",
@@ -36,9 +41,7 @@ _OUTPUTS = ("log", "trace_out", "report_out", "chain_out", "output")
 _QEMU = "QEMU"
 
 
-def add_image_options(
-    parser: argparse.ArgumentParser, *, positional: bool = True, native_zero: bool = True
-) -> None:
+def add_image_options(parser: Parser, *, positional: bool = True, native_zero: bool = True) -> None:
     """The image and everything that changes its launch digest; or the image as --image."""
     what = "flat, ELF, OVMF or IGVM image"
     if positional:
@@ -103,9 +106,7 @@ def add_image_options(
     )
 
 
-def add_launch_options(
-    parser: argparse.ArgumentParser, *, log: bool = True, identity: bool = True
-) -> None:
+def add_launch_options(parser: Parser, *, log: bool = True, identity: bool = True) -> None:
     """What a launch has beside its measured pages, a log and an ID block included."""
     group = parser.add_argument_group("launch")
     group.add_argument(
@@ -129,7 +130,7 @@ def add_launch_options(
     add_vmsa_options(parser)
 
 
-def add_order_option(parser: argparse.ArgumentParser) -> None:
+def add_order_option(parser: Parser) -> None:
     """Whose order of an IGVM file's directives counts."""
     parser.add_argument(
         "--order",
@@ -247,14 +248,16 @@ def number(text: str) -> int:
     try:
         return int(text, 0)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        raise bad_argument(f"{text!r} is not a number") from None
 
 
 def size(text: str) -> int:
     """A size in bytes: 4096, 512M, 2G, 0x100000."""
+    import re  # few say how much
+
     match = re.match(_SIZE, text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size, as 512M or 2G")
+        raise bad_argument(f"{text!r} is not a size, as 512M or 2G")
     return int(match[1], 0) * _SUFFIXES[match[2].upper()]
 
 

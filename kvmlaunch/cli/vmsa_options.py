@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.cli.talk import Talk
+from kvmlaunch.cli.quick import bad_argument
 from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images import LaunchPlan, VmsaMode
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    import argparse
+    import re
     from typing import TypeAlias
 
+    from kvmlaunch.cli.quick import Group, Parser
+    from kvmlaunch.cli.talk import Talk
     from kvmlaunch.images import VmsaChoice
     from kvmlaunch.uapi import Proposal
 
@@ -34,7 +36,7 @@ _Edits: TypeAlias = dict[int, list[tuple[str, int | bytes]]]
 _NUMBER = r"(?i)0x[0-9a-f]+|\d+"
 
 
-def add_vmsa_options(parser: argparse.ArgumentParser) -> None:
+def add_vmsa_options(parser: Parser) -> None:
     """Who makes the VMSAs, and what they are."""
     group = parser.add_argument_group("VMSA")
     group.add_argument(
@@ -99,7 +101,7 @@ def as_asked(plan: LaunchPlan, args: argparse.Namespace, talk: Talk) -> LaunchPl
     return fallback.plan
 
 
-def add_proposal_option(group: argparse._ActionsContainer) -> None:
+def add_proposal_option(group: Group) -> None:
     """Numbers of the proposals."""
     group.add_argument(
         "--proposal-cap",
@@ -130,6 +132,8 @@ def _finished(choice: VmsaChoice, gpa: int | None, edits: _Edits) -> VmsaChoice:
 
 
 def _parts(text: str) -> re.Match[str]:
+    import re
+
     match = re.fullmatch(_VMSA, text)
     assert match is not None  # a FILE may be anything
     return match
@@ -160,6 +164,8 @@ def _page(path: str) -> bytes:
 
 
 def _edit(text: str) -> tuple[int, str, int | bytes]:
+    import re
+
     match = re.fullmatch(_EDIT, text)
     if match is None:
         raise FormatError(f"--set-vmsa {text}: not [VCPU:]FIELD=VALUE")
@@ -182,6 +188,8 @@ def _number(text: str) -> int:
 
 
 def _gpa(text: str) -> int:
+    import re
+
     if not re.fullmatch(_NUMBER, text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        raise bad_argument(f"{text!r} is not a number")
     return _number(text)

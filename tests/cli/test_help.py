@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmlaunch.cli.entry import _parser
+from kvmlaunch.cli.parser import make_parser
 from kvmlaunch.version import __version__
 from tests.cli.command import Cli, spawn
 
@@ -42,7 +42,7 @@ EXIT_CODES = {"0", "1", "2", "4", "124", "130"}
 
 def actions(command: str) -> Iterator[argparse.Action]:
     """Every option and argument of a command."""
-    for action in _parser()._actions:
+    for action in make_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices[command]._actions
 

@@ -14,17 +14,14 @@ from sevsnpmeasure.vcpu_types import CPU_SIGS  # type: ignore[import-untyped]
 
 from kvmlaunch import load_image, measure
 from tests.benchmarks.first_exit import process
+from tests.benchmarks.installed import installed_python
 from tests.benchmarks.page_hashing import debian_ovmf
 from tests.benchmarks.timing import MIB, Figure, compare, timed
 from tests.images.builders import METADATA_FROM_END, metadata_bytes, ovmf
 
 NEEDS_KVM = False
 
-# As installed commands start; an editable install would look for our files first.
-_ROOT = str(Path(__file__).resolve().parents[2])
-_OURS = (
-    f"import sys; sys.path.insert(0, {_ROOT!r}); from kvmlaunch.cli import main; sys.exit(main())"
-)
+_OURS = "import sys; from kvmlaunch.cli import main; sys.exit(main())"
 _THEIRS = "import sys; from sevsnpmeasure.cli import main; sys.exit(main())"
 _SIZE = 256 << 20
 _PEAK = (
@@ -36,36 +33,41 @@ _PEAK = (
 def figures(work: Path, rounds: int) -> list[Figure]:
     """Debian's OVMF and 256 MiB, times and peak memory."""
     found = []
+    python = installed_python(work)
     firmware = debian_ovmf()
     if firmware is not None:
-        ours, theirs = _pair(["--ovmf", str(firmware)], firmware)
+        ours, theirs = _pair(python, ["--ovmf", str(firmware)], firmware)
         what = "kvmlaunch measure OVMF.fd"
         found.append(compare(what, ours, "sev-snp-measure", theirs, rounds, 1 / 2.5))
+        bare = process([python, "-I", "-c", "pass"], b"")
+        found.append(compare(what, ours, "python -c pass", bare, rounds))
         ours, theirs = _started(firmware)
         what = "the same, once started"
         found.append(compare(what, ours, "calc_launch_digest", theirs, rounds, 1 / 2.5))
     image = _large(work)
     options = ["--image-type", "flat", "--load-addr", hex((1 << 32) - _SIZE), str(image)]
-    ours, theirs = _pair(options, image)
+    ours, theirs = _pair(python, options, image)
     what = "kvmlaunch measure, 256 MiB"
     found.append(compare(what, ours, "sev-snp-measure", theirs, rounds, 1 / 4))
-    peaks = _peak(_command(options)), _peak([sys.executable, "-c", "pass"])
+    peaks = _peak(_command(python, options)), _peak([python, "-c", "pass"])
     found.append(
         compare(f"{what}, peak", peaks[0], "python -c pass", peaks[1], min(rounds, 3), unit=MIB)
     )
     return found
 
 
-def _command(options: list[str]) -> list[str]:
-    return [sys.executable, "-I", "-c", _OURS, "measure", *options]
+def _command(python: str, options: list[str]) -> list[str]:
+    return [python, "-I", "-c", _OURS, "measure", *options]
 
 
-def _pair(options: list[str], image: Path) -> tuple[Callable[[], float], Callable[[], float]]:
+def _pair(
+    python: str, options: list[str], image: Path
+) -> tuple[Callable[[], float], Callable[[], float]]:
     """Both commands, which must print the same digest."""
     words = ["--mode", "snp", "--vcpus", "1", "--vcpu-type", "EPYC-v4", "--ovmf", str(image)]
-    theirs = [sys.executable, "-I", "-c", _THEIRS, *words]
+    theirs = [python, "-I", "-c", _THEIRS, *words]
     digest = subprocess.run(theirs, capture_output=True, check=True, timeout=60).stdout
-    return process(_command(options), digest), process(theirs, digest)
+    return process(_command(python, options), digest), process(theirs, digest)
 
 
 def _started(firmware: Path) -> tuple[Callable[[], float], Callable[[], float]]:

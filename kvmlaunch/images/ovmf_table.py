@@ -8,8 +8,8 @@ All of this is untrusted input: every length and offset is checked before it is 
 from __future__ import annotations
 
 import struct
-from collections import namedtuple
 
+from kvmlaunch.abi.record import Record
 from kvmlaunch.images.source import ImageSource
 
 __all__ = [
@@ -64,7 +64,7 @@ _TABLE_TAIL = 32  # bytes between the table and the image's end
 GOOD_BUILDS = "use a build that supports SEV-SNP (Debian's OVMF.fd or OVMF.amdsev.fd)"
 
 
-class OvmfEntry(namedtuple("OvmfEntry", "guid name offset size")):
+class OvmfEntry(Record):
     """An entry of the GUIDed table: ``offset`` and ``size`` are those of its data."""
 
     guid: str
@@ -77,7 +77,7 @@ class OvmfEntry(namedtuple("OvmfEntry", "guid name offset size")):
         return f"{self.name} ({self.guid})"
 
 
-class OvmfSection(namedtuple("OvmfSection", "index offset gpa size type")):
+class OvmfSection(Record):
     """A section of the SEV metadata; ``offset`` is where the image describes it."""
 
     index: int
@@ -101,7 +101,7 @@ class OvmfSection(namedtuple("OvmfSection", "index offset gpa size type")):
         return f"metadata section {self.index} ({self.label}, {self.gpa:#x}..{self.end:#x})"
 
 
-class OvmfTables(namedtuple("OvmfTables", "entries sections reset_eip hash_base hash_size")):
+class OvmfTables(Record):
     """What an OVMF image says about itself.
 
     Attributes: ``entries`` (from the footer downwards, without the footer),

@@ -10,8 +10,8 @@ import io
 import mmap
 import os
 import stat
-from collections import namedtuple
 
+from kvmlaunch.abi.record import Record
 from kvmlaunch.errors import ImageError
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
@@ -28,7 +28,7 @@ class _FileMap(mmap.mmap):
     """A mapping of `open_image`: shared and read-only, so that its file has all it holds."""
 
 
-class ImageSource(namedtuple("ImageSource", "name data")):
+class ImageSource(Record):
     """The bytes of one image and the name to use in messages.
 
     Attributes: ``name`` (path as the user gave it, or ``<bytes>``), ``data``

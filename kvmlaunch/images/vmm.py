@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import namedtuple
 from collections.abc import Mapping
 
 from kvmlaunch.abi.page import PageType
@@ -30,7 +29,7 @@ _FOLDER = os.path.join(os.path.dirname(__file__), "vmms")
 _SIZE_MOST = 1 << 20
 
 
-class VcpuStart(namedtuple("VcpuStart", "registers eip signature", defaults=(None, False))):
+class VcpuStart(Record):
     """A vCPU's state before its start address and its CPU's signature are known.
 
     Attributes: ``registers``; ``eip``, the start address, or None for that of the
@@ -38,8 +37,8 @@ class VcpuStart(namedtuple("VcpuStart", "registers eip signature", defaults=(Non
     """
 
     registers: Vmsa
-    eip: int | None
-    signature: bool
+    eip: int | None = None
+    signature: bool = False
 
     def at(self, eip: int, *, signature: int, sev_features: int) -> Vmsa:
         """The state in real mode at ``eip`` (32 bits)."""

@@ -28,7 +28,7 @@ NEEDED = (
     *(f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("*.h"))),
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
     *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
-    "kvmlaunch/hashing/_ext.pyi",
+    *("kvmlaunch/hashing/_ext.pyi", "kvmlaunch/abi/record.pyi"),
     *PROFILES,
 )
 JUNK = re.compile(

@@ -1,4 +1,7 @@
-"""The page log of 65,536 pages: what it adds to a simulated launch and to a prediction."""
+"""The page log of 65,536 pages: what it adds to a simulated launch and to a prediction.
+
+Most of that is the SHA-256 of the image, which its header has.
+"""
 
 from __future__ import annotations
 

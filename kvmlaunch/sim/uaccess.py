@@ -69,6 +69,9 @@ class UserSpace(Protocol):
     def forget(self) -> None:
         """User memory was unmapped: what `pin` has found out doesn't hold any more."""
 
+    def forget_dead(self) -> None:
+        """The same for processes that have ended. No guest code may run meanwhile."""
+
     def sync(self) -> bool:
         """Make pinned pages what user space has in them, and the other way round.
 
@@ -141,6 +144,9 @@ class OwnProcess:
     def forget(self) -> None:
         """Look again before the next page is used."""
         self._writable = []
+
+    def forget_dead(self) -> None:
+        """This one hasn't."""
 
     def sync(self) -> bool:
         """Pinned pages are user space's own."""

@@ -326,7 +326,7 @@ class VcpuRun:
         """kvm_check_and_inject_events(): one event at a time, and a window for the next."""
         vcpu, cpu = self.vcpu, self.live_cpu
         event: Event | None = None
-        if self.exception is not None:
+        if self.exception is not None and not cpu.unfinished:
             (vector, code), self.exception = self.exception, None
             event = cpu.inject_exception(vector, code, cpu.read("cr2"))
         elif vcpu.debug.blocks_interrupts:
@@ -343,7 +343,7 @@ class VcpuRun:
         elif vcpu.interrupt is not None and cpu.interruptible:
             vector, vcpu.interrupt = vcpu.interrupt, None
             event = cpu.inject_interrupt(vector)
-        elif vcpu.nmi_pending and not (vcpu.nmi_masked or cpu.nmi_blocked):
+        elif vcpu.nmi_pending and not (vcpu.nmi_masked or cpu.nmi_blocked or cpu.unfinished):
             vcpu.nmi_pending -= 1
             # A plain CPU sees IRET itself; an SNP guest says when it is done.
             vcpu.nmi_masked = vcpu.sev_es is not None

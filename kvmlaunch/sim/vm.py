@@ -208,6 +208,8 @@ class Vm:
             for vcpu in self.vcpus:
                 vcpu.destroy()
             self.sev.destroy()
+            self.host.user.forget_dead()
+            self.memory_changed(code=True)
 
     def check_alive(self) -> None:
         """EIO from another process, or once the VM is dead (KVM_BUG)."""

@@ -330,6 +330,11 @@ class SoftCpu:
     # -- events for the guest
 
     @property
+    def unfinished(self) -> bool:
+        """Whether an event or a device access has to be finished before an event is injected."""
+        return self._has_work_left
+
+    @property
     def interruptible(self) -> bool:
         """Whether an interrupt can be injected now: IF set, no interrupt shadow."""
         state = self._core.state

@@ -10,9 +10,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
@@ -23,6 +23,7 @@ from kvmlaunch.uapi import address_of, ffi, lib
 __all__ = ["ClientMemory", "new_memfd"]
 
 _CHUNK_PAGES = 512
+_RESERVED = 128
 _MERGE_SECONDS = 0.005
 _REST = 9
 """How long a running guest is left alone after a merge, as a multiple of what that took."""
@@ -135,6 +136,7 @@ class ClientMemory:
         taken = lib.kl_take_fd(self.caller.process, fd)
         if taken.ret < 0:
             refuse(taken.err)
+        keep_reserve(taken.ret)
         return Eventfd(int(taken.ret), found)
 
     def new_run_pages(self, size: int) -> RunPages:
@@ -152,10 +154,11 @@ class ClientMemory:
         if pages.fd is not None:
             os.close(pages.fd)
 
-    def drop_dead(self, alive: Iterable[int]) -> None:
-        """Drop the copies of address spaces that aren't among ``alive``."""
+    def forget_dead(self) -> None:
+        """Drop the copies of processes that have ended."""
+        alive = {space.number for space in self._clients.spaces()}
         with self._lock:
-            for mm in self._copies.keys() - set(alive):
+            for mm in self._copies.keys() - alive:
                 self._copies.pop(mm).drop(self._pages)
 
     def _pieces(self, address: int, size: int) -> list[tuple[int, int | None, int]]:
@@ -269,6 +272,7 @@ def new_memfd(name: str, size: int) -> int:
         fd = os.memfd_create(f"simulated:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as error:
         refuse(error.errno or errno.ENFILE)
+    keep_reserve(fd)
     try:
         os.ftruncate(fd, size)
     except (OSError, OverflowError):
@@ -276,6 +280,14 @@ def new_memfd(name: str, size: int) -> int:
         refuse(errno.ENOMEM)
     lib.kl_fix_size(fd)  # else a client could take pages away under our mapping
     return fd
+
+
+def keep_reserve(fd: int) -> None:
+    """Close a new descriptor where few are left: this process needs some for itself. ENFILE."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if fd >= most - _RESERVED:
+        os.close(fd)
+        refuse(errno.ENFILE)
 
 
 def _read_here(address: int, size: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import platform as machine
+import resource
 import shutil
 import signal
 import traceback
@@ -60,13 +61,16 @@ class Supervisor:
         Raises KvmLaunchError where the program can't be started or watched, and at the end
         where a call could not be answered for a reason that no kernel has.
         """
-        with _blocked(signal.SIGCHLD, *_FROM_TERMINAL, *_FORWARDED):
+        waited_for = (signal.SIGCHLD, *_FROM_TERMINAL, *_FORWARDED)
+        with _blocked(*waited_for), _limit_kept():
             return self._run(command, os.environ if env is None else env)
 
     def _run(self, command: Sequence[str], env: Mapping[str, str]) -> int:
         cpu = cpu_model(self._spec.product)
         table = cpuid_table(cpu) if differs(cpu) and lib.kl_can_trap_cpuid() else None
         pid, listener = _spawn(command, env, traced=table is not None)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         clients = Clients(listener)
         fds = ClientFds(clients, self._spec.kernel().name)
         platform = SimPlatform(
@@ -164,6 +168,16 @@ def _wait(pid: int, cpuid: Any) -> int:
         elif ended.ret < 0 and ended.err != errno.EINTR:
             assert code is not None
             return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _limit_kept() -> Iterator[None]:
+    """The limit of descriptors is put back: there is one for each of all the clients."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.supervisor.rig import WELL, Ran
+from tests.supervisor.rig import WELL, Ran, run, words
 
 Client = Callable[..., Ran]
 
@@ -35,3 +36,13 @@ def test_vms_are_released_when_the_last_reference_goes(client: Client) -> None:
 
 def test_vms_are_kept_when_only_their_vcpu_is_mapped(client: Client) -> None:
     assert client("handles", "held") == Ran(0, f"{MILAN_SNP_ASIDS}\n")
+
+
+def test_the_host_is_full_when_the_supervisor_has_no_descriptors_left(
+    clients: Path,
+) -> None:
+    command = " ".join(map(str, words(clients / "handles", "crowded")))
+    ran = run("sh", "-c", f"ulimit -Sn 64; ulimit -Hn 600; {command}")
+    assert (ran.code, ran.err) == (0, "")
+    # The limit is the hard one; some are left for the supervisor itself.
+    assert 300 < int(ran.out) < 600

@@ -5,13 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmlaunch.uapi import address_of, ffi, lib
+from kvmlaunch.supervisor.clients import Clients
+from kvmlaunch.supervisor.memory import ClientMemory
+from kvmlaunch.uapi import address_of, ffi, lib, peek
 from tests.supervisor.rig import WELL, Ran
 
 Client = Callable[..., Ran]
@@ -31,6 +34,7 @@ edits = st.dictionaries(st.integers(0, 2 * PAGE - 1), st.integers(0, 255), max_s
         "meanwhile",  # written while the guest waits for it
         "watched",  # written by the guest before it exits
         "unmapped",  # taken away while the guest is at it
+        "events",  # whose stack is not there
         "read-only",  # the guest can't write where its client can't
         "two",  # two vCPUs, two threads, one page
         "busy",  # a vCPU does one thing at a time, the VM goes on
@@ -103,3 +107,29 @@ def test_pages_are_lost_when_they_cannot_be_written() -> None:
     sides.table[0].there = address_of(ffi.from_buffer(read_only))
     merged = sides.merge()
     assert (merged.lost, sides.table[0].lost) == (1, 1)
+
+
+class OneClient:
+    """This process as its own client, until it has ended."""
+
+    def __init__(self) -> None:
+        thread = SimpleNamespace(tid=os.getpid(), space=SimpleNamespace(number=1))
+        self.call = SimpleNamespace(thread=thread, read=peek)
+        self.alive = [thread.space]
+
+    def spaces(self) -> list[SimpleNamespace]:
+        return self.alive
+
+
+def test_copies_are_dropped_when_their_process_has_ended() -> None:
+    clients = OneClient()
+    memory = ClientMemory(cast(Clients, clients))
+    page = mmap.mmap(-1, PAGE)
+    address = address_of(ffi.from_buffer(page))
+    copy = memory.pin(address)
+    memory.forget_dead()
+    assert memory.pin(address) == copy
+    clients.alive = []
+    memory.forget_dead()
+    page[0] = 0x5A
+    assert peek(memory.pin(address), 1) == b"\x5a"

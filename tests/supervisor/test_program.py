@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.supervisor.rig import SECONDS, WELL, Ran, require_supervision, sim, words
+from tests.supervisor.rig import SECONDS, WELL, Ran, require_supervision, run, sim, words
 
 Client = Callable[..., Ran]
 
@@ -212,9 +212,7 @@ assert not [link for link in os.listdir("/proc/self/map_files")
 
 
 def test_nothing_is_left_when_a_program_ends_with_all_its_files_open(clients: Path) -> None:
-    command = [sys.executable, "-c", LEFT, clients / "running", "two"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
-    assert (done.returncode, done.stdout, done.stderr) == WELL
+    assert run(sys.executable, "-c", LEFT, clients / "running", "two") == WELL
 
 
 BUG = """
@@ -241,8 +239,7 @@ print("goes on")
 
 def test_the_end_tells_of_it_when_the_simulated_host_has_a_bug() -> None:
     arguments = words(sys.executable, "-c", ASKS)[3:]
-    command = [sys.executable, "-c", BUG, *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
-    assert (done.returncode, done.stdout) == (1, "5\ngoes on\n")  # EIO
+    ran = run(sys.executable, "-c", BUG, *arguments)
+    assert (ran.code, ran.out) == (1, "5\ngoes on\n")  # EIO
     sentence = r"kvmlaunch: a bug of the simulated host: ValueError: it is wrong \(.*:\d+\)\n"
-    assert re.fullmatch(sentence, done.stderr)
+    assert re.fullmatch(sentence, ran.err)

@@ -183,6 +183,26 @@ static void full(char **arguments)
 	CHECK(!close(last) && ioctl(kvm, KVM_CREATE_VM, 0) == last);
 }
 
+/* The whole system has no more; what there is goes on, and there are more once some are closed. */
+static void crowded(char **arguments)
+{
+	struct machine machine = new_machine("\xf4", 1);
+	struct rlimit limit;
+	int made = 0, vm, first = 0;
+
+	CHECK(!getrlimit(RLIMIT_NOFILE, &limit));
+	limit.rlim_cur = limit.rlim_max;
+	CHECK(!setrlimit(RLIMIT_NOFILE, &limit));
+	for (; (vm = ioctl(machine.kvm, KVM_CREATE_VM, 0)) >= 0; made++)
+		first = first ? first : vm;
+	CHECK(errno == ENFILE);
+	FAILS(ioctl(first, KVM_CREATE_VCPU, 0), ENFILE);
+	CHECK(!ioctl(machine.vcpu, KVM_RUN, 0) && machine.run->exit_reason == KVM_EXIT_HLT);
+	CHECK(!close(first + 1) && !close(first + 2));
+	CHECK(ioctl(first, KVM_CREATE_VCPU, 0) >= 0);
+	printf("%d\n", made);
+}
+
 /* What a file of KVM's is not for. */
 static void misused(char **arguments)
 {
@@ -217,5 +237,5 @@ static void misused(char **arguments)
 const struct command commands[] = {
 	{ "copies", copies }, { "behind", behind }, { "released", released }, { "held", held },
 	{ "reopened", reopened }, { "opened", opened }, { "full", full },
-	{ "misused", misused }, { NULL, NULL },
+	{ "crowded", crowded }, { "misused", misused }, { NULL, NULL },
 };

@@ -119,6 +119,32 @@ static void unmapped(char **arguments)
 	CHECK(!ioctl(second.vcpu, KVM_RUN, 0) && second.run->exit_reason == KVM_EXIT_IO);
 }
 
+/* An event whose stack isn't there waits, and others behind it. */
+static void events(char **arguments)
+{
+	struct kvm_interrupt interrupt = { .irq = 32 };
+	struct kvm_regs regs = { .rip = CODE, .rflags = 0x202, .rsp = 0x6000 };
+	uint32_t *vectors;
+
+	machine = new_machine("\x90\xf4", 2);
+	vectors = (uint32_t *)machine.ram;
+	vectors[2] = 0x2000; /* of an NMI */
+	vectors[32] = 0x2100;
+	machine.ram[0x2000] = machine.ram[0x2100] = 0xf4;
+	CHECK(!munmap(machine.ram + 0x5000, PAGE));
+	CHECK(!ioctl(machine.vcpu, KVM_SET_REGS, &regs));
+	CHECK(!ioctl(machine.vcpu, KVM_INTERRUPT, &interrupt));
+	FAILS(ioctl(machine.vcpu, KVM_RUN, 0), EFAULT);
+	CHECK(!ioctl(machine.vcpu, KVM_NMI, 0));
+	FAILS(ioctl(machine.vcpu, KVM_RUN, 0), EFAULT);
+	CHECK(mmap(machine.ram + 0x5000, PAGE, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED);
+	CHECK(!ioctl(machine.vcpu, KVM_RUN, 0) && machine.run->exit_reason == KVM_EXIT_HLT);
+	CHECK(!ioctl(machine.vcpu, KVM_GET_REGS, &regs) && regs.rip == 0x2101);
+	CHECK(!ioctl(machine.vcpu, KVM_RUN, 0) && machine.run->exit_reason == KVM_EXIT_HLT);
+	CHECK(!ioctl(machine.vcpu, KVM_GET_REGS, &regs) && regs.rip == 0x2001);
+}
+
 /* Memory that is there to be read is not written to. */
 static void read_only(char **arguments)
 {
@@ -252,7 +278,8 @@ static void scribbled(char **arguments)
 
 const struct command commands[] = {
 	{ "in-turns", in_turns }, { "structs", structs }, { "meanwhile", meanwhile },
-	{ "watched", watched }, { "unmapped", unmapped }, { "read-only", read_only },
+	{ "watched", watched }, { "unmapped", unmapped },
+	{ "events", events }, { "read-only", read_only },
 	{ "two", two }, { "busy", busy }, { "closed", closed }, { "scribbled", scribbled },
 	{ NULL, NULL },
 };

@@ -36,7 +36,7 @@ class ScriptedCpu:
         self.ghcb = 0
         self.want_window = self.stop_at_cr8 = False
         self.interruptible = False
-        self.nmi_blocked = self.shadow = False
+        self.nmi_blocked = self.shadow = self.unfinished = False
         self.ticks = self.tsc_offset = 0
         self.vmsa = Vmsa()
         self.loads = 0

@@ -151,7 +151,7 @@ class ClientFds(FdTable):
             watch = lib.kl_watch_add(self.watch, path.encode(), lib.KL_IN_OPEN | lib.KL_IN_CLOSE)
             if watch.ret < 0:
                 os.close(memfd)
-                refuse(watch.err)
+                refuse(errno.ENFILE)  # ENOSPC: no more watches
             known = _StandIn(file, os.fstat(memfd).st_ino, int(watch.ret), memfd)
             self._by_inode[known.inode] = self._by_watch[known.watch] = known
             self._opens[known.watch] = 0

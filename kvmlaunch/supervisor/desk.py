@@ -53,7 +53,8 @@ class Desk:
         self._host = platform
         self._platform: Platform = platform
         if watcher is not None:
-            self._platform = Recorder(platform, watcher, read=clients.read)
+            self._platform = Recorder(platform, self._tell, read=clients.read)
+        self._watcher = watcher
         self._clients = clients
         self._fds = fds
         self._trap = ffi.new("struct kl_trap *", [clients.listener, fds.watch, fds.device])
@@ -63,7 +64,7 @@ class Desk:
         self._idle = 0
         self._closed = False
         self.failures: list[Exception] = []
-        """What should not have happened: bugs of the simulated host, not of the client."""
+        """What should not have happened, and is nothing that the client could help."""
 
     def open(self) -> None:
         """Start answering."""
@@ -156,6 +157,15 @@ class Desk:
             lib.kl_pass_on(self._clients.listener, raw.id)
         else:
             lib.kl_answer(self._clients.listener, raw.id, result.ret, result.errno)
+
+    def _tell(self, call: uapi.Call) -> None:
+        """Tell the watcher of a call, until it fails, which is no matter of the client's."""
+        try:
+            if self._watcher is not None:
+                self._watcher(call)
+        except Exception as error:
+            self._watcher = None
+            self.failures.append(error)
 
     def _result(self, call: Call) -> Result | None:
         """What a call gives; None where this machine's kernel has to answer."""

@@ -88,6 +88,8 @@ class Supervisor:
         finally:
             desk.close()
         for failure in desk.failures:
+            if isinstance(failure, KvmLaunchError):
+                raise failure
             raise KvmLaunchError(f"a bug of the simulated host: {_described(failure)}") from failure
         return code
 

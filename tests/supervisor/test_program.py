@@ -226,6 +226,21 @@ def wrong(self, request, arg):
 KvmDevice.ioctl = wrong
 sys.exit(main(sys.argv[1:]))
 """
+MANY = """
+import fcntl
+kvm = open("/dev/kvm")
+for _ in range(2000):
+    assert fcntl.ioctl(kvm, 0xAE00, 0) == 12
+print("all is well")
+"""
+
+
+def test_the_program_is_not_bothered_when_its_log_cannot_be_written() -> None:
+    ran = sim(sys.executable, "-c", MANY, options=("--log", "/dev/full", "--ioctls"))
+    assert (ran.code, ran.out) == (1, "all is well\n")
+    assert ran.err == "kvmlaunch: log /dev/full: No space left on device\n"
+
+
 ASKS = """
 import fcntl
 kvm = open("/dev/kvm")

@@ -439,7 +439,7 @@ int kl_still_waits(int listener, uint64_t id)
 	return !ioctl(listener, SECCOMP_IOCTL_NOTIF_ID_VALID, &id);
 }
 
-enum { BATCH = 64 };
+enum { BATCH = 32 };
 
 /* Read pages into the scratch area; how many before the first that can't be read. */
 static uint64_t read_pages(int tid, const struct kl_copy *copies, uint64_t count, void *to)
@@ -491,7 +491,7 @@ static void push(int tid, struct kl_copy *copy, uint64_t *now)
 
 struct kl_merged kl_merge(int tid, struct kl_copy *copies, uint64_t count)
 {
-	static __thread uint64_t scratch[BATCH * PAGE / 8];
+	uint64_t scratch[BATCH * PAGE / 8];
 	struct kl_merged merged = { 0, 0 };
 
 	for (uint64_t at = 0; at < count;) {

@@ -79,7 +79,11 @@ struct kl_result kl_poke(uint64_t addr, const void *from, uint64_t length)
 	return whole(process_vm_writev(getpid(), &local, 1, &remote, 1, 0), length);
 }
 
-static __thread volatile sig_atomic_t kicked;
+/*
+ * Ready in every thread from its start: memory that is taken at the first use can't be had in
+ * a handler, which may have interrupted malloc().
+ */
+static __thread volatile sig_atomic_t kicked __attribute__((tls_model("initial-exec")));
 
 static void on_kick(int signo)
 {

@@ -20,7 +20,7 @@ from tests.supervisor.rig import WELL, Ran
 Client = Callable[..., Ran]
 
 PAGE = 4096
-BATCH = 64
+BATCH = 32
 """How many pages kl_merge() reads at once."""
 
 edits = st.dictionaries(st.integers(0, 2 * PAGE - 1), st.integers(0, 255), max_size=40)

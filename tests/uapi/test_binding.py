@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
+from elftools.elf.enums import ENUM_DT_FLAGS
 
 import kvmlaunch
 from kvmlaunch.abi.fwstatus import FwStatus
 from kvmlaunch.abi.page import PageType
-from kvmlaunch.uapi import ARGUMENT, COMMAND_ARGUMENT, command_name, ffi, ioctl_name, lib
+from kvmlaunch.uapi import ARGUMENT, COMMAND_ARGUMENT, _ext, command_name, ffi, ioctl_name, lib
 from tests.uapi import headers
 
 _PACKAGE = Path(kvmlaunch.__file__).parent
@@ -156,3 +158,12 @@ def test_request_when_from_kvm_has_its_type_byte(name: str) -> None:
 def test_requests_when_in_the_headers_are_all_in_the_table() -> None:
     text = headers.our_text("uapi_kvm.h") + headers.our_text("uapi_sev.h")
     assert set(re.findall(r"^#define (\w+) _IO[WR]*\(", text, re.MULTILINE)) == set(ARGUMENT)
+
+
+def test_thread_local_memory_is_there_from_the_start_when_a_kick_comes() -> None:
+    # A handler that has to allocate it deadlocks where it interrupts malloc().
+    with Path(_ext.__file__).open("rb") as file:
+        dynamic = ELFFile(file).get_section_by_name(".dynamic")
+        flags = [tag.entry.d_val for tag in dynamic.iter_tags("DT_FLAGS")]
+    assert flags
+    assert flags[0] & ENUM_DT_FLAGS["DF_STATIC_TLS"]

@@ -7,6 +7,7 @@ import itertools
 import os
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 from kvmlaunch.uapi import ffi, lib
@@ -87,19 +88,26 @@ class ClientThread:
         self._next_look = now + _POLL_SECONDS
         return True
 
-    def signal_pending(self, mask: int | None) -> bool:
+    def signal_pending(self, mask: int | None, busy: Collection[int]) -> bool:
         """Whether a signal waits that ``mask`` doesn't block (None: the thread's own mask).
 
-        One that stops all threads waits for none of them: the first thread's state shows it.
+        One that stops all threads waits for none of them once another has it: those that
+        aren't ``busy`` with a call have stopped then.
         """
         words = _status(self.tid)
         pending, shared, blocked = (int(words[name], 16) for name in _SIGNALS)
         if (pending | shared) & ~(blocked if mask is None else mask):
             return True
-        stopped = self.tid != self.process and _status(self.process)["State"].split()[0] in "Tt"
         # A thread that is traced stops for other things as well, though never for long.
-        self._stops = self._stops + 1 if stopped else 0
+        self._stops = self._stops + 1 if self._others_stopped(busy) else 0
         return self._stops >= _LASTING
+
+    def _others_stopped(self, busy: Collection[int]) -> bool:
+        for tid in os.listdir(f"/proc/{self.process}/task"):
+            state = "" if int(tid) in busy else _state(int(tid))
+            if state and state not in "ZX":
+                return state in "Tt"
+        return False
 
 
 class Call:
@@ -140,6 +148,7 @@ class Clients:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self._serving = threading.local()
+        self._busy: set[int] = set()
 
     @property
     def call(self) -> Call:
@@ -155,6 +164,15 @@ class Clients:
         """From now on this thread answers ``call``."""
         self.served += 1
         self._serving.call = call
+        self._busy.add(call.thread.tid)
+
+    def served(self, tid: int) -> None:
+        """The caller is about to get its answer."""
+        self._busy.discard(tid)
+
+    def signal_pending(self, mask: int | None) -> bool:
+        """Whether a signal waits for the caller, see there. Raises OSError where it is gone."""
+        return self.call.thread.signal_pending(mask, self._busy)
 
     def thread(self, tid: int) -> ClientThread:
         """The caller. Raises OSError where it is gone, or may not be looked into."""
@@ -210,6 +228,14 @@ def _status(tid: int) -> dict[str, str]:
     """/proc/TID/status."""
     with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as status:
         return dict(line.split(":", 1) for line in status)
+
+
+def _state(tid: int) -> str:
+    """The state's letter, none of a thread that is gone."""
+    try:
+        return _status(tid)["State"].split()[0]
+    except OSError:
+        return ""
 
 
 def _check(result: Any) -> None:

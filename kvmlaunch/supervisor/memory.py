@@ -126,7 +126,7 @@ class ClientMemory:
         if mask is None and not self.caller.is_time_to_look():
             return False
         try:
-            return not self._clients.still_waits() or self.caller.signal_pending(mask)
+            return not self._clients.still_waits() or self._clients.signal_pending(mask)
         except OSError:
             return True
 

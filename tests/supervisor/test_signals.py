@@ -26,6 +26,7 @@ FAULTED = 128 + signal.SIGSEGV
         "once",  # other calls are done, and once
         "stopped",  # SIGSTOP that another thread takes, SIGCONT
         "stopped-alone",
+        "all-stopped",  # by a third thread, when two are in KVM_RUN
     ],
 )
 def test_kvm_run_ends_as_the_kernels_when_signals_come(client: Client, what: str) -> None:

@@ -201,6 +201,42 @@ static void stopped_alone(char **arguments)
 	ends_with(child, 4);
 }
 
+/* The first thread runs a guest, and a second one another; a third one takes the signal. */
+static void *stop(void *other)
+{
+	wait_until_it_runs(machine.run);
+	wait_until_it_runs(((struct machine *)other)->run);
+	CHECK(!raise(SIGSTOP));
+	return NULL;
+}
+
+static void *run_other(void *other)
+{
+	FAILS(ioctl(((struct machine *)other)->vcpu, KVM_RUN, 0), EINTR);
+	return NULL;
+}
+
+static void all_stopped(char **arguments)
+{
+	int child = fork(), status;
+
+	if (!child) {
+		struct machine other = new_machine(spin, 2);
+		pthread_t runner, stopper;
+
+		machine = new_machine(spin, 2);
+		machine.run->exit_reason = other.run->exit_reason = NOT_YET;
+		CHECK(!pthread_create(&runner, NULL, run_other, &other));
+		CHECK(!pthread_create(&stopper, NULL, stop, &other));
+		FAILS(ioctl(machine.vcpu, KVM_RUN, 0), EINTR);
+		CHECK(!pthread_join(runner, NULL) && !pthread_join(stopper, NULL));
+		_exit(4);
+	}
+	CHECK(waitpid(child, &status, WUNTRACED) == child && WIFSTOPPED(status));
+	CHECK(!kill(child, SIGCONT));
+	ends_with(child, 4);
+}
+
 /* The ways to go while a thread runs a guest; a child does, and leaves nothing behind. */
 static void *leave(void *how)
 {
@@ -249,6 +285,7 @@ static void leaves_first(char **arguments)
 const struct command commands[] = {
 	{ "interrupted", interrupted }, { "timer", timer }, { "ignored", ignored },
 	{ "immediate", immediate }, { "masked", masked }, { "once", once },
-	{ "stopped", stopped }, { "stopped-alone", stopped_alone }, { "leaves", leaves },
+	{ "stopped", stopped }, { "stopped-alone", stopped_alone },
+	{ "all-stopped", all_stopped }, { "leaves", leaves },
 	{ "leaves-first", leaves_first }, { "six", six }, { NULL, NULL },
 };

@@ -67,6 +67,13 @@ class File:
         """mmap(2) of this file; returns the address."""
         refuse(errno.ENODEV)
 
+    def hold(self) -> None:
+        """A call begins: what it is about stays, whoever closes it (fdget)."""
+
+    def let_go(self, *, last: bool) -> bool:
+        """It has ended (fdput). False, and nothing done, where ``last`` must be but isn't set."""
+        return True
+
     def release(self) -> None:
         """The last reference is gone."""
 

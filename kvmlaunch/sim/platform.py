@@ -123,15 +123,32 @@ class SimPlatform:
         try:
             with self._lock:
                 file = self._host.fds.get(fd)
-            with ExitStack() as held:
-                for lock in file.locks(request, arg):
-                    held.enter_context(lock)
-                if isinstance(file, VcpuFile) and request == lib.KVM_RUN:
-                    return Result(self._run(file, arg), 0)
-                with self._host.gate.stopped(), self._lock:
-                    return Result(self._dispatch(file, request, arg), 0)
+                file.hold()
         except OSError as error:
             return Result(-1, error.errno or errno.EIO)
+        try:
+            return Result(self._ioctl(file, request, arg), 0)
+        except OSError as error:
+            return Result(-1, error.errno or errno.EIO)
+        finally:
+            self._let_go(file)
+
+    def _ioctl(self, file: File, request: int, arg: int) -> int:
+        with ExitStack() as held:
+            for lock in file.locks(request, arg):
+                held.enter_context(lock)
+            if isinstance(file, VcpuFile) and request == lib.KVM_RUN:
+                return self._run(file, arg)
+            with self._host.gate.stopped(), self._lock:
+                return self._dispatch(file, request, arg)
+
+    def _let_go(self, file: File) -> None:
+        """The call is over; where its file was closed meanwhile, this is the end of it."""
+        with self._lock:
+            over = file.let_go(last=False)
+        if not over:
+            with self._host.gate.stopped(), self._lock:
+                file.let_go(last=True)
 
     def mmap(self, fd: int, length: int, prot: int, flags: int, offset: int = 0) -> Result:
         """mmap(2): a vCPU's run pages, or real anonymous memory with fd -1."""

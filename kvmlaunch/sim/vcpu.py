@@ -241,6 +241,14 @@ class VcpuFile(File):
             refuse(errno.EINVAL)
         return self.vcpu.run_pages.address
 
+    def hold(self) -> None:
+        """A call begins."""
+        self.vcpu.vm.get()
+
+    def let_go(self, *, last: bool) -> bool:
+        """It has ended."""
+        return self.vcpu.vm.let_go(last=last)
+
     def release(self) -> None:
         """The vCPU itself stays in its VM."""
         self.vcpu.vm.put()

@@ -198,6 +198,13 @@ class Vm:
         """Take a reference."""
         self._references += 1
 
+    def let_go(self, *, last: bool) -> bool:
+        """Drop a reference, the last one only if ``last`` says so; whether that was done."""
+        if self._references == 1 and not last:
+            return False
+        self.put()
+        return True
+
     def put(self) -> None:
         """Drop a reference; the last one ends the VM."""
         self._references -= 1
@@ -278,6 +285,14 @@ class VmFile(File):
         if handler is None:
             refuse(errno.ENOTTY)
         return handler(arg)
+
+    def hold(self) -> None:
+        """A call begins."""
+        self.vm.get()
+
+    def let_go(self, *, last: bool) -> bool:
+        """It has ended."""
+        return self.vm.let_go(last=last)
 
     def release(self) -> None:
         """The VM lives on while vCPU fds, guest_memfds or mappings do."""

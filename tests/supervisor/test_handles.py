@@ -42,7 +42,7 @@ def test_the_host_is_full_when_the_supervisor_has_no_descriptors_left(
     clients: Path,
 ) -> None:
     command = " ".join(map(str, words(clients / "handles", "crowded")))
-    ran = run("sh", "-c", f"ulimit -Sn 64; ulimit -Hn 600; {command}")
+    ran = run(["sh", "-c", f"ulimit -Sn 64; ulimit -Hn 600; {command}"])
     assert (ran.code, ran.err) == (0, "")
     # The limit is the hard one; some are left for the supervisor itself.
     assert 300 < int(ran.out) < 600

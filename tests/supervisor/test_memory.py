@@ -39,6 +39,7 @@ edits = st.dictionaries(st.integers(0, 2 * PAGE - 1), st.integers(0, 255), max_s
         "two",  # two vCPUs, two threads, one page
         "busy",  # a vCPU does one thing at a time, the VM goes on
         "closed",  # the descriptors go while the guest runs
+        "closed-waiting",  # and another call waits for the vCPU
         "scribbled",  # struct kvm_run is written over all the time
     ],
 )

@@ -212,7 +212,7 @@ assert not [link for link in os.listdir("/proc/self/map_files")
 
 
 def test_nothing_is_left_when_a_program_ends_with_all_its_files_open(clients: Path) -> None:
-    assert run(sys.executable, "-c", LEFT, clients / "running", "two") == WELL
+    assert run([sys.executable, "-c", LEFT, str(clients / "running"), "two"]) == WELL
 
 
 BUG = """
@@ -254,7 +254,7 @@ print("goes on")
 
 def test_the_end_tells_of_it_when_the_simulated_host_has_a_bug() -> None:
     arguments = words(sys.executable, "-c", ASKS)[3:]
-    ran = run(sys.executable, "-c", BUG, *arguments)
+    ran = run([sys.executable, "-c", BUG, *arguments])
     assert (ran.code, ran.out) == (1, "5\ngoes on\n")  # EIO
     sentence = r"kvmlaunch: a bug of the simulated host: ValueError: it is wrong \(.*:\d+\)\n"
     assert re.fullmatch(sentence, ran.err)

@@ -10,7 +10,7 @@ static const char waits_for_byte[] = "\xa0\x00\x30\x3c\x00\x74\xf9\xa2\x01\x30\x
 static const char counts[] = "\xff\x06\x00\x30\xeb\xfa";
 
 static struct machine machine;
-static volatile int over;
+static _Atomic int over;
 
 static uint16_t *word(void)
 {
@@ -252,6 +252,44 @@ static void closed(char **arguments)
 	CHECK(!pthread_join(thread, NULL));
 }
 
+static void *until_told(void *unused)
+{
+	int result = ioctl(machine.vcpu, KVM_RUN, 0);
+
+	CHECK(result == -1 && (errno == EINTR || errno == EBADF));
+	over++;
+	return NULL;
+}
+
+/* ... with a second call that waits for the vCPU, while nothing else is left of the VM. */
+static void closed_waiting(char **arguments)
+{
+	const struct timespec moment = { 0, 5000000 };
+	pthread_t threads[2];
+	int size;
+
+	handle(SIGUSR1);
+	for (int round = 0; round < 5; round++) {
+		machine = new_machine("\xeb\xfe", 2);
+		machine.run->exit_reason = NOT_YET;
+		over = 0;
+		CHECK(!pthread_create(&threads[0], NULL, until_told, NULL));
+		wait_until_it_runs(machine.run);
+		CHECK(!pthread_create(&threads[1], NULL, until_told, NULL));
+		nanosleep(&moment, NULL); /* where it is can't be seen: more often than not it waits */
+		size = ioctl(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+		CHECK(!close(machine.vcpu) && !close(machine.vm) && !munmap(machine.run, size));
+		CHECK(ioctl(machine.kvm, KVM_GET_API_VERSION, 0) == 12 && !close(machine.kvm));
+		while (over < 2) {
+			pthread_kill(threads[0], SIGUSR1);
+			if (over)
+				pthread_kill(threads[1], SIGUSR1);
+			nanosleep(&moment, NULL);
+		}
+		CHECK(!pthread_join(threads[0], NULL) && !pthread_join(threads[1], NULL));
+	}
+}
+
 /* What is shared with the kernel is written over while it is used. */
 static void *scribble(void *unused)
 {
@@ -280,6 +318,7 @@ const struct command commands[] = {
 	{ "in-turns", in_turns }, { "structs", structs }, { "meanwhile", meanwhile },
 	{ "watched", watched }, { "unmapped", unmapped },
 	{ "events", events }, { "read-only", read_only },
-	{ "two", two }, { "busy", busy }, { "closed", closed }, { "scribbled", scribbled },
+	{ "two", two }, { "busy", busy }, { "closed", closed },
+	{ "closed-waiting", closed_waiting }, { "scribbled", scribbled },
 	{ NULL, NULL },
 };

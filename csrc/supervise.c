@@ -62,11 +62,20 @@ static const struct sock_filter filter[] = {
 	LOAD(ARG(4)),
 	ALLOW_IF(0xffffffff),
 	TRAP,
-	SKIP_UNLESS(SYS_ioctl, 6),
+	SKIP_UNLESS(SYS_ioctl, 7),
 	LOAD(ARG(1)),
 	BPF_STMT(BPF_ALU | BPF_AND | BPF_K, 0xff00),
 	TRAP_IF(0xae00), /* KVMIO */
 	TRAP_IF(0x5300), /* SEV_IOC_TYPE */
+	ALLOW,
+	/* The simulated CPU can't make CPUID fault; this one may, for us. */
+	SKIP_UNLESS(SYS_arch_prctl, 7),
+	LOAD(ARG(0)),
+	BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, KL_ARCH_SET_CPUID, 1, 0),
+	ALLOW,
+	LOAD(ARG(2)),
+	ALLOW_IF(KL_OUR_CALL),
+	BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENODEV),
 	ALLOW,
 };
 

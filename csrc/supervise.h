@@ -22,6 +22,13 @@ struct kl_spawned {
 
 struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const envp[], int traced);
 
+/*
+ * arch_prctl() lets CPUID fault (Linux, arch/x86/include/uapi/asm/prctl.h). Programs can't, but
+ * for a call of ours, marked by a third argument, which the kernel doesn't have.
+ */
+#define KL_ARCH_SET_CPUID 0x1012
+#define KL_OUR_CALL 0x6b6c6375
+
 /* What this machine's CPUID instruction gives: EAX, EBX, ECX, EDX. */
 void kl_native_cpuid(uint32_t function, uint32_t index, uint32_t *registers);
 

@@ -14,10 +14,12 @@
 
 #include "kvmlaunch.h"
 
-/* Linux, arch/x86/include/uapi/asm/prctl.h. */
-enum { ARCH_SET_CPUID = 0x1012 };
+/* Linux, arch/x86/include/asm/segment.h and entry/syscalls/syscall_32.tbl. */
+enum { USER32_CS = 0x23, NR32_ARCH_PRCTL = 384 };
 
-enum { SYSCALL_INSTRUCTION = 0x050f, CPUID_INSTRUCTION = 0xa20f, LENGTH = 2 };
+enum { SYSCALL_INSTRUCTION = 0x050f, INT80_INSTRUCTION = 0x80cd, CPUID_INSTRUCTION = 0xa20f };
+
+enum { LENGTH = 2, SYSCALL_STOP = SIGTRAP | 0x80 };
 
 static struct kl_result result(int64_t ret)
 {
@@ -33,17 +35,18 @@ void kl_native_cpuid(uint32_t function, uint32_t index, uint32_t *registers)
 
 int kl_can_trap_cpuid(void)
 {
-	int can = !syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
+	int can = !syscall(SYS_arch_prctl, KL_ARCH_SET_CPUID, 0);
 
 	if (can)
-		syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
+		syscall(SYS_arch_prctl, KL_ARCH_SET_CPUID, 1);
 	return can;
 }
 
 struct kl_result kl_trace(int pid)
 {
 	unsigned long options = PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE |
-				PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL;
+				PTRACE_O_TRACEEXEC | PTRACE_O_TRACESYSGOOD |
+				PTRACE_O_EXITKILL;
 
 	return result(ptrace(PTRACE_SEIZE, pid, 0, options));
 }
@@ -70,12 +73,18 @@ static void answer(const struct kl_cpuid *table, uint32_t count, struct user_reg
 	regs->rip += LENGTH;
 }
 
-/* Whether the fault was a CPUID instruction, which has been answered then. */
+/*
+ * Whether a SIGSEGV was a CPUID instruction, which has been answered then. One thing isn't
+ * undone: where SIGSEGV was blocked or ignored, the kernel has made its action the default.
+ */
 static int emulate(const struct kl_cpuid *table, uint32_t count, int tid)
 {
 	struct user_regs_struct regs;
+	siginfo_t info;
 	uint16_t code;
 
+	if (ptrace(PTRACE_GETSIGINFO, tid, 0, &info) || info.si_code != SI_KERNEL)
+		return 0;
 	if (ptrace(PTRACE_GETREGS, tid, 0, &regs))
 		return 0;
 	if (kl_peek_at(tid, regs.rip, &code, sizeof(code)).ret < 0 || code != CPUID_INSTRUCTION)
@@ -84,43 +93,79 @@ static int emulate(const struct kl_cpuid *table, uint32_t count, int tid)
 	return !ptrace(PTRACE_SETREGS, tid, 0, &regs);
 }
 
-/* One step: the signal that came instead of its end is left in *signal. False: it is gone. */
-static int step(int tid, struct user_regs_struct *regs, int *signal)
+/*
+ * Let a task go on to where a system call begins or ends. False: it has ended instead, and
+ * *status says how. Of signals only SIGSTOP can come first; *stop tells that it did.
+ */
+static int to_syscall(int tid, int *status, int *stop)
 {
-	int status;
+	do {
+		/* Fails where the task is being killed: its end comes next. */
+		ptrace(PTRACE_SYSCALL, tid, 0, 0);
+		*status = 0;
+		while (waitpid(tid, status, __WALL) < 0 && errno == EINTR)
+			;
+		if (!WIFSTOPPED(*status))
+			return 0;
+		if (*status >> 8 == SIGSTOP)
+			*stop = SIGSTOP;
+	} while (WSTOPSIG(*status) != SYSCALL_STOP);
+	return 1;
+}
 
-	if (ptrace(PTRACE_SINGLESTEP, tid, 0, 0) || waitpid(tid, &status, __WALL) != tid)
-		return 0;
-	if (WIFSTOPPED(status) && WSTOPSIG(status) != SIGTRAP)
-		*signal = WSTOPSIG(status);
-	return WIFSTOPPED(status) && !ptrace(PTRACE_GETREGS, tid, 0, regs);
+/* Registers of a task that asks the kernel to let CPUID fault, with the instruction at code. */
+static struct user_regs_struct asking(const struct user_regs_struct *from, uint64_t code)
+{
+	struct user_regs_struct regs = *from;
+
+	regs.rip = code;
+	if (regs.cs == USER32_CS) {
+		regs.rax = NR32_ARCH_PRCTL;
+		regs.rbx = KL_ARCH_SET_CPUID;
+		regs.rcx = 0;
+	} else {
+		regs.rax = SYS_arch_prctl;
+		regs.rdi = KL_ARCH_SET_CPUID;
+		regs.rsi = 0;
+		regs.rdx = KL_OUR_CALL;
+	}
+	return regs;
 }
 
 /*
- * Let a task that stands behind its execve ask that CPUID faults. Returns the signal that it
- * gets then.
+ * Let a task that is in its execve ask that CPUID faults: the call is put where the program
+ * begins, and taken away again. False: the task has ended, and *status says how.
  */
-static int make_cpuid_fault(int tid)
+static int make_cpuid_fault(int tid, int *status, int *stop)
 {
 	struct user_regs_struct before, regs;
-	int signal = 0;
-	long code;
+	uint64_t mask, all = ~0ULL, at;
+	long code, call;
+	int alive;
 
-	/* The end of the execve is a step of its own. */
-	if (!step(tid, &before, &signal))
-		return signal;
-	code = ptrace(PTRACE_PEEKTEXT, tid, before.rip, 0);
-	ptrace(PTRACE_POKETEXT, tid, before.rip, (code & ~0xffffL) | SYSCALL_INSTRUCTION);
-	do {
-		regs = before;
-		regs.rax = SYS_arch_prctl;
-		regs.rdi = ARCH_SET_CPUID;
-		regs.rsi = 0;
-		ptrace(PTRACE_SETREGS, tid, 0, &regs);
-	} while (step(tid, &regs, &signal) && regs.rip == before.rip);
-	ptrace(PTRACE_POKETEXT, tid, before.rip, code);
-	ptrace(PTRACE_SETREGS, tid, 0, &before);
-	return signal;
+	if (!to_syscall(tid, status, stop))
+		return 0;
+	/* Signals wait, or they would find the registers of the call. */
+	if (ptrace(PTRACE_GETREGS, tid, 0, &before) ||
+	    ptrace(PTRACE_GETSIGMASK, tid, sizeof(mask), &mask))
+		return 1;
+	at = before.rip & ~7ULL;
+	errno = 0;
+	code = ptrace(PTRACE_PEEKTEXT, tid, at, 0);
+	if (errno)
+		return 1;
+	call = before.cs == USER32_CS ? INT80_INSTRUCTION : SYSCALL_INSTRUCTION;
+	regs = asking(&before, at);
+	ptrace(PTRACE_SETSIGMASK, tid, sizeof(all), &all);
+	ptrace(PTRACE_POKETEXT, tid, at, (code & ~0xffffL) | call);
+	ptrace(PTRACE_SETREGS, tid, 0, &regs);
+	alive = to_syscall(tid, status, stop) && to_syscall(tid, status, stop);
+	if (alive) {
+		ptrace(PTRACE_POKETEXT, tid, at, code);
+		ptrace(PTRACE_SETREGS, tid, 0, &before);
+		ptrace(PTRACE_SETSIGMASK, tid, sizeof(mask), &mask);
+	}
+	return alive;
 }
 
 static int is_stop_signal(int signal)
@@ -128,19 +173,21 @@ static int is_stop_signal(int signal)
 	return signal == SIGSTOP || signal == SIGTSTP || signal == SIGTTIN || signal == SIGTTOU;
 }
 
-static void go_on(const struct kl_cpuid *table, uint32_t count, int tid, int status)
+/* False: the task has ended, and *status says how. */
+static int go_on(const struct kl_cpuid *table, uint32_t count, int tid, int *status)
 {
-	int signal = WSTOPSIG(status), event = status >> 16;
+	int signal = WSTOPSIG(*status), event = *status >> 16;
 
 	if (event == PTRACE_EVENT_STOP && is_stop_signal(signal)) {
 		ptrace(PTRACE_LISTEN, tid, 0, 0);
-		return;
+		return 1;
 	}
-	if (event == PTRACE_EVENT_EXEC)
-		signal = make_cpuid_fault(tid);
-	else if (event || (signal == SIGSEGV && emulate(table, count, tid)))
+	if (event || (signal == SIGSEGV && emulate(table, count, tid)))
 		signal = 0;
+	if (event == PTRACE_EVENT_EXEC && !make_cpuid_fault(tid, status, &signal))
+		return 0;
 	ptrace(PTRACE_CONT, tid, 0, signal);
+	return 1;
 }
 
 struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, uint64_t mask, int *status,
@@ -157,10 +204,8 @@ struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, uint64_t 
 	for (;;) {
 		int tid = waitpid(-1, status, __WALL | WNOHANG);
 
-		if (tid > 0 && WIFSTOPPED(*status)) {
-			go_on(table, count, tid, *status);
+		if (tid > 0 && WIFSTOPPED(*status) && go_on(table, count, tid, status))
 			continue;
-		}
 		if (tid)
 			return result(tid);
 		*signal = sigwaitinfo(&set, NULL);

@@ -163,6 +163,7 @@ def _apply(vcpu: Vcpu, entries: Any, sizes: Any) -> None:
     sev = _find(entries, _SEV)
     c_bit = sev.ebx & 0x3F if sev is not None and vcpu.vm.sev.active else None
     state.reserved_gpa_bits = reserved_gpa_bits(width, c_bit)
+    state.reserved_bits_raw = reserved_gpa_bits(width, None)
     state.guest = limits(lambda function, index: _find(entries, function, index))
     vcpu.apic.set_version()
 

@@ -19,7 +19,6 @@ __all__ = ["Ioeventfds", "Irqfds"]
 
 _PIO, _CCW = lib.KVM_IOEVENTFD_FLAG_PIO, lib.KVM_IOEVENTFD_FLAG_VIRTIO_CCW_NOTIFY
 _IRQ_FLAGS = lib.KVM_IRQFD_FLAG_DEASSIGN | lib.KVM_IRQFD_FLAG_RESAMPLE
-_MOST_DEVICES = 1000  # NR_IOBUS_DEVS counts only others, but nothing here should be without end
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Ioeventfds:
     def signal(self) -> None:
         """Wake those who wait for what was written."""
         for event in self.waiting:
-            os.eventfd_write(event.fd, 1)
+            _signal(event.fd)
         self.waiting.clear()
 
     def close(self) -> None:
@@ -95,10 +94,9 @@ class Ioeventfds:
             refuse(errno.EINVAL)
         event = self._vm.host.user.eventfd(given.fd)
         place = _place(given)
-        taken = any(place.collides(other) for other in self._places)
-        if taken or len(self._places) == _MOST_DEVICES:
+        if any(place.collides(other) for other in self._places):
             os.close(event.fd)
-            refuse(errno.EEXIST if taken else errno.ENOSPC)
+            refuse(errno.EEXIST)
         self._places[place] = event
         return 0
 
@@ -109,9 +107,18 @@ class Ioeventfds:
         if found is None or found.id != event.id:
             refuse(errno.ENOENT)
         self.signal()
+        self.signal()  # what waits may be for this one
         del self._places[_place(given)]
         os.close(found.fd)
         return 0
+
+
+def _signal(fd: int) -> None:
+    """eventfd_signal(), which doesn't wait where a counter is full."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if poll.poll(0):
+        os.eventfd_write(fd, 1)
 
 
 def _place(given: Any) -> _Place:
@@ -126,7 +133,10 @@ class _Irqfd(NamedTuple):
 
 
 class Irqfds:
-    """Eventfds of one VM that raise interrupts. A thread of its own waits for them."""
+    """Eventfds of one VM that raise interrupts. A thread of its own waits for them.
+
+    An eventfd that everybody else has closed stays here until the VM ends; the kernel sees it go.
+    """
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -142,11 +152,11 @@ class Irqfds:
             refuse(errno.EINVAL)
         if given.flags & lib.KVM_IRQFD_FLAG_DEASSIGN:
             return self._deassign(given)
-        if not vm.irq.in_kernel:
-            refuse(errno.EAGAIN)
-        if given.flags & lib.KVM_IRQFD_FLAG_RESAMPLE:
-            # Only an IOAPIC in the kernel acknowledges, and none is simulated.
-            refuse(errno.ENOSYS if vm.irq.pic else errno.EINVAL)
+        resample = given.flags & lib.KVM_IRQFD_FLAG_RESAMPLE
+        if not vm.irq.in_kernel or (resample and not vm.irq.pic):
+            refuse(errno.EINVAL)
+        if resample:
+            refuse(errno.ENOSYS)  # no IOAPIC is simulated that acknowledges
         event = vm.host.user.eventfd(_signed(given.fd))
         if any(irqfd.event.id == event.id for irqfd in self._by_fd.values()):
             os.close(event.fd)
@@ -156,21 +166,27 @@ class Irqfds:
         return 0
 
     def close(self) -> None:
-        """The VM is gone."""
+        """The VM's descriptor is gone: the thread ends."""
+        for fd in list(self._by_fd):
+            self._remove(fd)
         if self._epoll is not None:
             os.eventfd_write(self._stop, 1)
-        for fd in self._by_fd:
-            os.close(fd)
-        self._by_fd.clear()
+            self._epoll = None
 
     def _deassign(self, given: Any) -> int:
         event = self._vm.host.user.eventfd(_signed(given.fd))
         os.close(event.fd)
         for fd, irqfd in list(self._by_fd.items()):
             if (irqfd.event.id, irqfd.gsi) == (event.id, given.gsi):
-                del self._by_fd[fd]
-                os.close(fd)
+                self._remove(fd)
         return 0
+
+    def _remove(self, fd: int) -> None:
+        # The eventfd lives on, and so would its place in the epoll.
+        assert self._epoll is not None
+        self._epoll.unregister(fd)
+        os.close(fd)
+        del self._by_fd[fd]
 
     def _watch(self, fd: int) -> None:
         if self._epoll is None:

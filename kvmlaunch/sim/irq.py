@@ -125,7 +125,7 @@ def _check_route(
 
 def _signal_msi(vm: Vm, arg: int) -> int:
     message = copy_in(vm.host.user, "kvm_msi", arg)
-    if not vm.irq.in_kernel or message.flags:
+    if not vm.irq.in_kernel or message.flags & ~_MSI_VALID_DEVID:
         refuse(errno.EINVAL)
     taken = send_message(vm, message.address_lo, message.data)
     if taken < 0:

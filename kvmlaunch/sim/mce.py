@@ -12,6 +12,8 @@ SUPPORTED = _CTL_P | _SER_P
 """KVM_X86_GET_MCE_CAP_SUPPORTED."""
 
 _MCG_CAP, _MCG_STATUS, _MCG_CTL, _MC0_CTL = 0x179, 0x17A, 0x17B, 0x400
+_MC0_CTL2 = 0x280  # of corrected errors' interrupts, which AMD's CPUs signal another way
+_P5 = (0x0, 0x1)  # where a Pentium tells of an error
 _ALL_ONES = (1 << 64) - 1
 # Linux clears bit 10 of bank 4 on AMD K8s, and bit 0 on some others.
 _MAY_BE_CLEAR = 1 << 10 | 1
@@ -40,12 +42,12 @@ class MachineCheck:
         return True
 
     def get(self, index: int) -> int | None:
-        """One register; None where there is none."""
-        if index == _MCG_CTL and not self.cap & _CTL_P:
-            return 0
+        """One register as user space sees it; None where there is none."""
         registers = {_MCG_CAP: self.cap, _MCG_STATUS: self._status, _MCG_CTL: self._ctl}
         if index in registers:
             return registers[index]
+        if index in _P5 or self._is_second_control(index):
+            return 0
         return self._banks[index - _MC0_CTL] if self._is_bank(index) else None
 
     def set(self, index: int, value: int) -> bool:
@@ -63,15 +65,21 @@ class MachineCheck:
                 return False
             self._banks[at] = value
         else:
-            return False
+            return self._is_second_control(index) and not value
         return True
 
-    def guest_may_set(self, index: int, value: int) -> bool:
-        """What the guest may not do, but user space may: make up errors."""
-        if index == _MCG_CTL and not self.cap & _CTL_P:
-            return False
+    def guest_may_access(self, index: int) -> bool:
+        """False for registers that user space finds although the guest's CPU lacks them."""
+        lacks_control = index == _MCG_CTL and not self.cap & _CTL_P
+        return not lacks_control and not self._is_second_control(index)
+
+    def makes_up_error(self, index: int, value: int) -> bool:
+        """Whether this would set a bank's status, which guests may do in the end only."""
         is_status = self._is_bank(index) and (index - _MC0_CTL) % _REGISTERS == _STATUS
-        return not (is_status and value)
+        return is_status and bool(value)
+
+    def _is_second_control(self, index: int) -> bool:
+        return 0 <= index - _MC0_CTL2 < self.cap & 0xFF
 
     def _is_bank(self, index: int) -> bool:
         return 0 <= index - _MC0_CTL < (self.cap & 0xFF) * _REGISTERS

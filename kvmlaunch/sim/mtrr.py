@@ -17,7 +17,7 @@ RESET = dict.fromkeys((*_VARIABLE, *_FIXED, _DEFAULT_TYPE), 0)
 
 
 def is_valid(index: int, value: int, reserved_gpa_bits: int) -> bool:
-    """kvm_mtrr_valid(); ``reserved_gpa_bits`` are those of the bare width."""
+    """kvm_mtrr_valid(); ``reserved_gpa_bits`` are those of the width, the C-bit too."""
     if index == _DEFAULT_TYPE:
         return not value & ~0xCFF and value & 0xFF in _TYPES
     if index in _FIXED:

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 __all__ = [
     "KICK_CPU_FEATURE",
     "MSR_FEATURES",
+    "NUMBER",
     "SCHED_YIELD_FEATURE",
     "SEND_IPI_FEATURE",
     "guest_has",
+    "has_memory",
     "value_allowed",
 ]
 
@@ -40,7 +42,14 @@ MSR_FEATURES: Mapping[int, int] = MappingProxyType(
 )
 """MSR -> number of the feature that it belongs to."""
 
+NUMBER: Mapping[int, int] = MappingProxyType(
+    {msrs.WALL_CLOCK: msrs.WALL_CLOCK_NEW, msrs.SYSTEM_TIME: msrs.SYSTEM_TIME_NEW}
+)
+"""Older number of an MSR -> the one that its value is kept by."""
+
+_ENABLED = 1 << 0
 _AS_PF_VMEXIT, _AS_INT = 1 << 2, 1 << 3
+_ASYNC_PF_FLAGS = 0x3F
 
 
 def guest_has(vcpu: Vcpu, feature: int) -> bool:
@@ -57,4 +66,12 @@ def value_allowed(vcpu: Vcpu, index: int, value: int) -> bool:
         needs = (_AS_PF_VMEXIT, _ASYNC_PF_VMEXIT), (_AS_INT, _ASYNC_PF_INT)
         lacking = any(value & bit and not guest_has(vcpu, feature) for bit, feature in needs)
         return not lacking and (in_kernel or not value)
+    if index == msrs.PV_EOI_EN and value & _ENABLED:
+        return vcpu.vm.slots.writable(value & ~_ENABLED, 1)
     return index != msrs.ASYNC_PF_INT or in_kernel
+
+
+def has_memory(vcpu: Vcpu, index: int, value: int) -> bool:
+    """kvm_pv_enable_async_pf() looks for it once the value is kept."""
+    is_on = index == msrs.ASYNC_PF_EN and value & _ENABLED and value & _AS_INT
+    return not is_on or vcpu.vm.slots.writable(value & ~_ASYNC_PF_FLAGS, 8)

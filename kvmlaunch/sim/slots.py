@@ -84,6 +84,12 @@ class Slots:
             self._space = number
             self._vm.memory_changed(code=True)
 
+    def writable(self, gpa: int, size: int) -> bool:
+        """Whether KVM could write there (kvm_gfn_to_hva_cache_init())."""
+        first, last = gpa // PAGE_SIZE, (gpa + size - 1 & _U64) // PAGE_SIZE
+        slots = [self.find(gfn) for gfn in range(first, last + 1)]
+        return bool(slots) and not any(slot is None or slot.is_read_only for slot in slots)
+
     def find(self, gfn: int) -> Slot | None:
         """The slot that holds a guest frame."""
         slots = self._by_gfn[self._space]

@@ -22,7 +22,7 @@ __all__ = [
     "UserSpace",
     "copy_in",
     "copy_out",
-    "eventfd_id",
+    "own_eventfd",
     "refuse",
 ]
 
@@ -174,7 +174,7 @@ class OwnProcess:
 
     def eventfd(self, fd: int) -> Eventfd:
         """dup(2)."""
-        return Eventfd(os.dup(fd), eventfd_id("self", fd))
+        return own_eventfd(os.dup(fd))
 
     def new_run_pages(self, size: int) -> RunPages:
         """Anonymous memory."""
@@ -203,16 +203,17 @@ def _writable_ranges() -> list[tuple[int, int]]:
     return ranges
 
 
-def eventfd_id(process: int | str, fd: int) -> int:
-    """The kernel's number of an eventfd. Raises OSError: EBADF, EINVAL where it isn't one."""
-    try:
-        info = Path(f"/proc/{process}/fdinfo/{fd}").read_text()
-    except OSError:
-        refuse(errno.EBADF)
+def own_eventfd(fd: int) -> Eventfd:
+    """A descriptor of ours with the kernel's number of the eventfd.
+
+    Where it is another file it is closed: OSError(EINVAL).
+    """
+    info = Path(f"/proc/self/fdinfo/{fd}").read_text()
     found = re.search(r"^eventfd-id:\s*(\d+)$", info, re.MULTILINE)
     if found is None:
+        os.close(fd)
         refuse(errno.EINVAL)
-    return int(found[1])
+    return Eventfd(fd, int(found[1]))
 
 
 def refuse(code: int) -> NoReturn:

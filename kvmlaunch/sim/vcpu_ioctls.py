@@ -282,7 +282,10 @@ def _get_tsc_khz(vcpu: Vcpu, arg: int) -> int:
 
 def _tpr_access_reporting(vcpu: Vcpu, arg: int) -> int:
     """Taken, and without effect: it was for CPUs whose task priority isn't virtualised."""
-    copy_out(vcpu.vm.host.user, arg, copy_in(vcpu.vm.host.user, "kvm_tpr_access_ctl", arg))
+    control = copy_in(vcpu.vm.host.user, "kvm_tpr_access_ctl", arg)
+    if control.flags:
+        refuse(errno.EINVAL)
+    copy_out(vcpu.vm.host.user, arg, control)
     return 0
 
 
@@ -290,7 +293,7 @@ def _set_vapic_addr(vcpu: Vcpu, arg: int) -> int:
     """As KVM_TPR_ACCESS_REPORTING."""
     _need_lapic(vcpu)
     address = copy_in(vcpu.vm.host.user, "kvm_vapic_addr", arg).vapic_addr
-    if address and vcpu.vm.slots.find(address // PAGE_SIZE) is None:
+    if address and not vcpu.vm.slots.writable(address, 4):
         refuse(errno.EINVAL)
     return 0
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["is_known", "read", "write"]
 
 _FEATURE_TSC_ADJUST = 1 << 1  # CPUID leaf 7 EBX
+_STATUS_WRITES = 1 << 18  # McStatusWrEn of HWCR
 
 
 def is_known(vcpu: Vcpu, index: int) -> bool:
@@ -37,7 +38,10 @@ def read(vcpu: Vcpu, index: int, *, by_guest: bool) -> int | None:
     hidden = index == msrs.PLATFORM_INFO and not vcpu.vm.platform_info_readable
     if by_guest and (hidden or index in msrs.HOST_ONLY):
         return None
-    return vcpu.state.get_msr(index)
+    if by_guest and not vcpu.state.machine_check.guest_may_access(index):
+        return None
+    index = pv_features.NUMBER.get(index, index)
+    return vcpu.vm.wall_clock if index == msrs.WALL_CLOCK_NEW else vcpu.state.get_msr(index)
 
 
 def write(vcpu: Vcpu, index: int, value: int, *, by_guest: bool) -> bool:
@@ -54,14 +58,33 @@ def write(vcpu: Vcpu, index: int, value: int, *, by_guest: bool) -> bool:
         return True
     if by_guest and (index == msrs.PLATFORM_INFO or index in msrs.HOST_ONLY):
         return False
-    if by_guest and not vcpu.state.machine_check.guest_may_set(index, value):
+    if by_guest and not _machine_check_allows(vcpu, index, value):
         return False
     if _lacks_feature(vcpu, index):
         return not by_guest and not value
-    if index in pv_features.MSR_FEATURES and not pv_features.value_allowed(vcpu, index, value):
+    if index in pv_features.MSR_FEATURES:
+        return _set_pv(vcpu, pv_features.NUMBER.get(index, index), value)
+    return vcpu.state.set_msr(index, value)
+
+
+def _set_pv(vcpu: Vcpu, index: int, value: int) -> bool:
+    """An MSR of KVM itself."""
+    if not pv_features.value_allowed(vcpu, index, value):
         return False
-    # An acknowledgement isn't kept.
-    return index == msrs.ASYNC_PF_ACK or vcpu.state.set_msr(index, value)
+    if index == msrs.WALL_CLOCK_NEW:
+        vcpu.vm.wall_clock = value
+        return True
+    if index == msrs.ASYNC_PF_ACK:
+        return True  # it isn't kept
+    return vcpu.state.set_msr(index, value) and pv_features.has_memory(vcpu, index, value)
+
+
+def _machine_check_allows(vcpu: Vcpu, index: int, value: int) -> bool:
+    """set_msr_mce() and can_set_mci_status(), for a guest."""
+    state = vcpu.state
+    if state.machine_check.makes_up_error(index, value):
+        return state.guest.amd and bool(state.msrs[msrs.HWCR] & _STATUS_WRITES)
+    return state.machine_check.guest_may_access(index)
 
 
 def _set_apic_base(vcpu: Vcpu, value: int, by_guest: bool) -> bool:

@@ -72,7 +72,7 @@ class VcpuState:
         # What SET_CPUID2 makes known about the guest's CPU.
         self.guest = NOTHING_KNOWN
         self.guest_xcr0 = 1
-        self.reserved_gpa_bits = _reserved(36)
+        self.reserved_gpa_bits = self.reserved_bits_raw = _reserved(36)
         self.set_cr0(_CR0_CD | _CR0_NW | _CR0_ET)
         self.set_cr4(0)
         self.set_efer(0)
@@ -257,7 +257,7 @@ class VcpuState:
         if index in msrs.RESERVED:
             return not value & msrs.RESERVED[index]
         if index in mtrr.RESET:
-            return mtrr.is_valid(index, value, self.reserved_gpa_bits)
+            return mtrr.is_valid(index, value, self.reserved_bits_raw)
         return index != msrs.APIC_BASE or self.apic_base_valid(value)
 
 

@@ -53,6 +53,7 @@ class Vm:
         self.max_vcpu_ids = 0
         self.disabled_quirks = 0
         self.hypercall_exits = 0
+        self.wall_clock = 0
         self.msr_exits = 0
         """KVM_CAP_X86_USER_SPACE_MSR: reasons to ask user space."""
         self.msr_filter: MsrFilter | None = None
@@ -210,7 +211,6 @@ class Vm:
         self._references -= 1
         if not self._references:
             self.ioeventfds.close()
-            self.irqfds.close()
             self.slots.remove_all()
             for vcpu in self.vcpus:
                 vcpu.destroy()
@@ -295,7 +295,8 @@ class VmFile(File):
         return self.vm.let_go(last=last)
 
     def release(self) -> None:
-        """The VM lives on while vCPU fds, guest_memfds or mappings do."""
+        """The VM lives on while vCPU fds, guest_memfds or mappings do, but its irqfds end."""
+        self.vm.irqfds.close()
         self.vm.put()
 
     def _check_extension(self, arg: int) -> int:

@@ -16,7 +16,7 @@ import time
 from typing import Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.sim.uaccess import Eventfd, RunPages, eventfd_id, refuse
+from kvmlaunch.sim.uaccess import Eventfd, RunPages, own_eventfd, refuse
 from kvmlaunch.supervisor.clients import Clients, ClientThread
 from kvmlaunch.uapi import address_of, ffi, lib
 
@@ -132,12 +132,11 @@ class ClientMemory:
 
     def eventfd(self, fd: int) -> Eventfd:
         """A duplicate of the client's, by pidfd_getfd(2)."""
-        found = eventfd_id(self.caller.tid, fd)
         taken = lib.kl_take_fd(self.caller.process, fd)
         if taken.ret < 0:
             refuse(taken.err)
         keep_reserve(taken.ret)
-        return Eventfd(int(taken.ret), found)
+        return own_eventfd(int(taken.ret))
 
     def new_run_pages(self, size: int) -> RunPages:
         """A memfd, which is what the client maps."""

@@ -558,8 +558,8 @@ SCRIPTS = [
 ]
 
 
-def played(script, platform):
-    run = Script(platform)
+def played(script, platform, kind=Script):
+    run = kind(platform)
     try:
         script(run)
     finally:

@@ -242,6 +242,14 @@ def test_policy_of_the_published_refusal_expects_2_for_6() -> None:
     assert strict(CpuidEntry(0x8000001D, 3, 0, 0, eax, ebx, ecx, 6)).edx == 2
 
 
+@pytest.mark.parametrize(("sent", "corrected"), [(0, 0), (1, 1), (3, 3), (4, 0), (1 << 31, 0)])
+def test_policy_of_a_caches_sets_and_inclusiveness_is_free(sent: int, corrected: int) -> None:
+    """They only describe; complex indexing, bit 2, is a feature."""
+    for sets in (0, 0x7FFF, 0xFFFFFFFF):
+        entry = strict(CpuidEntry(0x8000001D, 3, 0, 0, 0, 0, sets, sent))
+        assert (entry.ecx, entry.edx) == (sets, corrected)
+
+
 @pytest.mark.parametrize(
     ("index", "xcr0", "xss", "size"),
     [

@@ -141,7 +141,7 @@ class Clients:
 
     def __init__(self, listener: int) -> None:
         self.listener = listener
-        self.served = 0
+        self.calls = 0
         """Calls so far."""
         self._threads: dict[int, ClientThread] = {}
         self._spaces: list[AddressSpace] = []
@@ -162,11 +162,11 @@ class Clients:
 
     def serve(self, call: Call) -> None:
         """From now on this thread answers ``call``."""
-        self.served += 1
+        self.calls += 1
         self._serving.call = call
         self._busy.add(call.thread.tid)
 
-    def served(self, tid: int) -> None:
+    def answered(self, tid: int) -> None:
         """The caller is about to get its answer."""
         self._busy.discard(tid)
 

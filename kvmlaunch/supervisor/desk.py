@@ -153,7 +153,7 @@ class Desk:
             # The caller must not wait for ever.
             self.failures.append(error)
             result = Result(-1, errno.EIO)
-        self._clients.served(raw.tid)
+        self._clients.answered(raw.tid)
         if result is None:
             lib.kl_pass_on(self._clients.listener, raw.id)
         else:

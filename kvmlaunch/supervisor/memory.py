@@ -95,7 +95,7 @@ class ClientMemory:
             copies = self._copies.get(self.mm)
             if copies is None:
                 return False
-            copies.served = self._clients.served
+            copies.calls = self._clients.calls
             return copies.merge(self.caller.tid, self._pages)
 
     def wants_sync(self, *, idle: bool) -> bool:
@@ -103,7 +103,7 @@ class ClientMemory:
         copies = self._copies.get(self.mm)
         if copies is None:
             return False
-        called = copies.served != self._clients.served
+        called = copies.calls != self._clients.calls
         return idle or called or time.monotonic() >= copies.next_merge
 
     def _sync_range(self, address: int, size: int) -> None:
@@ -115,7 +115,7 @@ class ClientMemory:
 
     def has_written(self) -> None:
         """It counts as a call."""
-        self._clients.served += 1
+        self._clients.calls += 1
 
     def forget_signals(self) -> None:
         """A signal that came before the call has been handled by now."""
@@ -179,7 +179,7 @@ class _Copies:
     """Copied pages of one address space."""
 
     def __init__(self) -> None:
-        self.served = 0
+        self.calls = 0
         """How many calls there had been at the last merge of all."""
         self._at: dict[int, int] = {}
         self._table: Any = ffi.new("struct kl_copy[]", 8)

@@ -9,7 +9,7 @@ import pytest
 from kvmlaunch.uapi import ffi, lib
 from tests.host import require_simulated_cpu
 
-from .driver import struct
+from .driver import PAGE, Memory, struct
 from .one_vcpu import EINVAL, OK, Machine
 from .plain_vm import Vm
 from .test_tsc import get_msr, msr_entry
@@ -24,7 +24,16 @@ KVM_ENOSYS = 1000
 @pytest.fixture
 def machine():
     with require_simulated_cpu() as platform:
-        yield Machine(platform)
+        yield with_memory(Machine(platform))
+
+
+def with_memory(machine: Machine) -> Machine:
+    """The same with two pages at 0, where structures of KVM's can be."""
+    machine.ram = Memory(2 * PAGE)
+    size = {"memory_size": 2 * PAGE, "userspace_addr": machine.ram.address}
+    region = struct("kvm_userspace_memory_region", **size)
+    machine.ok(machine.ioctl(machine.vm, lib.KVM_SET_USER_MEMORY_REGION, region))
+    return machine
 
 
 def guest(code: str, features: int, *, base: int = 0x40000000, enforce: bool = True) -> Vm:
@@ -102,7 +111,8 @@ def test_value_of_an_own_msr(machine, msr, value, taken):
 )
 def test_async_page_faults_with_an_apic(value, taken):
     with require_simulated_cpu() as platform:
-        assert set_msr(Machine(platform, split=True), 0x4B564D02, value) == taken
+        machine = with_memory(Machine(platform, split=True))
+        assert set_msr(machine, 0x4B564D02, value) == taken
 
 
 def test_async_page_fault_vector_has_8_bits():

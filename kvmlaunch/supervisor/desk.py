@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from kvmlaunch.uapi import Platform, Recorder, Result, ffi, lib
 
 __all__ = ["Desk"]
 
-_IDLE_THREADS = 2
+_PARKED_THREADS = 2
 _JOIN_SECONDS = 0.05
 _U32 = 0xFFFFFFFF
 _ACCESS_CALLS = (lib.KL_NR_access, lib.KL_NR_faccessat, lib.KL_NR_faccessat2)
@@ -38,9 +39,9 @@ _OPEN_HOW_SIZE = 24
 class Desk:
     """Takes calls from the listener and gives them to the simulated host.
 
-    Each thread takes the next call that comes, and one is always waiting for it: so a call
-    that takes long, as KVM_RUN does, holds up nobody but its caller. ``watcher`` is told
-    each call and its result before the client gets it.
+    One thread takes what comes and answers it at once. A call that may take long, as KVM_RUN
+    does, holds up nobody but its caller: before it, another thread takes over. ``watcher`` is
+    told each call and its result before the client gets it.
     """
 
     def __init__(
@@ -58,24 +59,29 @@ class Desk:
         self._clients = clients
         self._fds = fds
         self._trap = ffi.new("struct kl_trap *", [clients.listener, fds.watch, fds.device])
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._releasing = threading.Lock()
         self._threads: set[threading.Thread] = set()
-        self._idle = 0
+        self._parked = 0
+        self._is_taken = False
+        """Whether a thread waits for calls, or answers one that doesn't take long."""
+        self._running: Counter[int] = Counter()
+        """Inode of a vCPU -> threads in its KVM_RUN, or waiting for that to end."""
         self._closed = False
         self.failures: list[Exception] = []
         """What should not have happened, and is nothing that the client could help."""
 
     def open(self) -> None:
         """Start answering."""
-        with self._lock:
-            self._add_thread()
-            if not self._threads:
+        with self._changed:
+            if not self._add_thread():
                 raise MissingCapability("one more thread", "kvmlaunch sim")
 
     def close(self) -> None:
         """End: nobody calls any more."""
-        self._closed = True
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         while threads := self._kick():
             for thread in threads:
                 thread.join(_JOIN_SECONDS)
@@ -85,37 +91,77 @@ class Desk:
 
     def _kick(self) -> list[threading.Thread]:
         """Before Linux 6.11 a receiver isn't told that nobody is left. Threads that are."""
-        with self._lock:  # none ends while it is held
+        with self._changed:  # none ends while it is held
             for thread in self._threads:
                 assert thread.ident is not None
                 signal.pthread_kill(thread.ident, lib.kl_kick_signal())
             return list(self._threads)
 
-    def _add_thread(self) -> None:
+    def _add_thread(self) -> bool:
+        """False where no more can be had."""
         thread = threading.Thread(target=self._serve, daemon=True)
         try:
             thread.start()
         except RuntimeError:
-            return  # no more can be had: whoever gets free takes the next call
+            return False
         self._threads.add(thread)
-        self._idle += 1
+        return True
 
     def _serve(self) -> None:
         raw = ffi.new("struct kl_call *")
         try:
-            while self._take(raw):
-                with self._lock:
-                    self._idle -= 1
-                    if not self._idle:
-                        self._add_thread()
-                self._answer(raw)
-                with self._lock:
-                    if self._idle >= _IDLE_THREADS:
-                        return
-                    self._idle += 1
+            while self._take_over():
+                while self._take(raw):
+                    vcpu = self._busy_vcpu(raw)
+                    if vcpu is not None and self._hand_over(vcpu):
+                        self._answer(raw)
+                        self._leave(vcpu)
+                        break
+                    self._answer(raw)
+                else:
+                    return
         finally:
-            with self._lock:
+            with self._changed:
                 self._threads.discard(threading.current_thread())
+
+    def _take_over(self) -> bool:
+        """Wait until nobody takes calls; False where this thread isn't needed any more."""
+        with self._changed:
+            while self._is_taken and not self._closed:
+                if self._parked == _PARKED_THREADS:
+                    return False
+                self._parked += 1
+                self._changed.wait()
+                self._parked -= 1
+            self._is_taken = True
+            return not self._closed
+
+    def _hand_over(self, vcpu: int) -> bool:
+        """Let another thread take calls while this one is with ``vcpu``. False if there is none."""
+        with self._changed:
+            self._running[vcpu] += 1
+            self._is_taken = False
+            if self._parked:
+                self._changed.notify()
+            elif not self._add_thread():
+                self._running[vcpu] -= 1
+                self._is_taken = True
+            return not self._is_taken
+
+    def _leave(self, vcpu: int) -> None:
+        with self._changed:
+            self._running[vcpu] -= 1
+
+    def _busy_vcpu(self, raw: Any) -> int | None:
+        """The vCPU that a call may have to wait for (its inode, 0 for any), else None."""
+        if raw.nr != lib.KL_NR_ioctl:
+            return None
+        request = raw.args[1] & _U32
+        if request == lib.KVM_RUN or self._running.get(raw.inode):
+            return int(raw.inode)
+        # SNP_LAUNCH_FINISH of some kernels waits for all.
+        anybody = request == lib.KVM_MEMORY_ENCRYPT_OP and any(self._running.values())
+        return 0 if anybody else None
 
     def _take(self, raw: Any) -> bool:
         """Wait for a call. False at the end."""

@@ -143,11 +143,13 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({os.path.basename(place.filename)}:{place.lineno})"
 
 
-def _children() -> list[int]:
-    """Processes that the program left behind."""
+def _addressees(pid: int) -> list[int]:
+    """Who gets a signal: the program, or what it left behind once it has ended."""
     import psutil
 
-    return [child.pid for child in psutil.Process().children()]
+    children = {child.pid: child.status() for child in psutil.Process().children()}
+    ended = children.pop(pid, psutil.STATUS_ZOMBIE) == psutil.STATUS_ZOMBIE
+    return list(children) if ended else [pid]
 
 
 def _wait(pid: int, cpuid: Any) -> int:
@@ -164,7 +166,7 @@ def _wait(pid: int, cpuid: Any) -> int:
         if ended.ret == pid:
             code = os.waitstatus_to_exitcode(status[0])
         elif not ended.ret and number[0] in _FORWARDED:  # the terminal tells the program itself
-            for target in [pid] if code is None else _children():
+            for target in _addressees(pid):
                 with suppress(ProcessLookupError):
                     os.kill(target, number[0])
         elif ended.ret < 0 and ended.err != errno.EINTR:

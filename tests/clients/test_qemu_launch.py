@@ -65,12 +65,12 @@ def test_qemu_when_the_firmware_refuses_says_so_in_its_words(
 def test_plain_machine_when_its_firmware_loads_a_kernel_runs_it(
     qemu: Command, tmp_path: Path
 ) -> None:
-    """SeaBIOS, then its option ROM, then a PVH kernel: in real mode and in 64-bit mode."""
+    """SeaBIOS, which relocates SMM, then its option ROM, then a PVH kernel in 64-bit mode."""
     rig.require_supervision()
     kernel = guests.build(tmp_path) / "hello.elf"
     machine = [
-        # System management mode, PIC and IOAPIC aren't simulated.
-        *("-machine", "pc,smm=off,kernel-irqchip=split", "-accel", "kvm", "-m", "64"),
+        # PIC and IOAPIC aren't simulated.
+        *("-machine", "pc,kernel-irqchip=split", "-accel", "kvm", "-m", "64"),
         *("-display", "none", "-monitor", "none", "-nodefaults", "-no-reboot"),
         *("-serial", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"),
         *("-kernel", str(kernel)),

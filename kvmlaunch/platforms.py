@@ -74,8 +74,10 @@ def profile_for(plan: LaunchPlan, asked: str | None = None, *, certificates: boo
     default = _VMPL_PROFILE if plan.vmpls else _PROFILES.get(plan.vmsa_mode, mainline)
     if not asked:
         return default
-    first = asked.split(",")[0]
-    return f"{default},{asked}" if "=" in first or first == "debug-swap" else asked
+    # Only here: a real host needs none of it.
+    from kvmlaunch.sim.spec import with_profile
+
+    return with_profile(asked, default)
 
 
 def host_cbitpos(platform: Platform) -> int | None:

@@ -37,6 +37,7 @@ def add_host_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--sim-fault",
+        "--fault",
         metavar="FAULT",
         action="append",
         default=[],

@@ -27,8 +27,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--sim",
-        metavar="PROFILE[,KEY=VALUE...]",
-        default="6.12",
+        metavar="[PROFILE][,KEY=VALUE...]",
+        default="",
         help="what to simulate, as for run (default 6.12)",
     )
     parser.add_argument(
@@ -47,8 +47,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _sim(args: argparse.Namespace, talk: Talk) -> int:
     from kvmlaunch.launch.pagelog import PageLog, open_log
+    from kvmlaunch.platforms import DEFAULT_PROFILE
     from kvmlaunch.sim.faults import Faults
-    from kvmlaunch.sim.spec import parse_spec
+    from kvmlaunch.sim.spec import parse_spec, with_profile
     from kvmlaunch.supervisor import Supervisor
 
     command = args.program[1:] if args.program[:1] == ["--"] else args.program
@@ -56,7 +57,8 @@ def _sim(args: argparse.Namespace, talk: Talk) -> int:
         raise FormatError("name a program: kvmlaunch sim [options] -- COMMAND ...")
     if args.ioctls and args.log is None:
         raise FormatError("--ioctls needs --log FILE")
-    spec, faults = parse_spec(args.sim), Faults.parse(args.fault)
+    profile = with_profile(args.sim, DEFAULT_PROFILE)
+    spec, faults = parse_spec(profile), Faults.parse(args.fault)
     with open_log(args.log) as log:
 
         def on_call(tid: int, call: Call) -> None:
@@ -72,7 +74,7 @@ def _sim(args: argparse.Namespace, talk: Talk) -> int:
             log=log if isinstance(log, PageLog) else None,
             on_call=on_call if watching else None,
         )
-        talk.say(f"platform sim ({args.sim}): a simulated host, for {command[0]} alone")
+        talk.say(f"platform sim ({profile}): a simulated host, for {command[0]} alone")
         return supervisor.run(command)
 
 

@@ -9,7 +9,7 @@ from kvmlaunch.abi.tcb import Product
 from kvmlaunch.errors import FormatError
 from kvmlaunch.sim.profiles import DEBUG_SWAP, KernelProfile, kernel_profile
 
-__all__ = ["DEFAULT_PRODUCT", "SimSpec", "parse_spec"]
+__all__ = ["DEFAULT_PRODUCT", "SimSpec", "parse_spec", "with_profile"]
 
 DEFAULT_PRODUCT = "Milan"
 
@@ -33,6 +33,13 @@ class SimSpec(NamedTuple):
             return profile
         name = f"{profile.name},{_DEBUG_SWAP}"
         return replace(profile, name=name, forced_vmsa_features=DEBUG_SWAP)
+
+
+def with_profile(text: str, default: str) -> str:
+    """``text`` with a profile in front: ``default`` where it names none."""
+    first = text.split(",")[0]
+    names_none = "=" in first or first == _DEBUG_SWAP
+    return f"{default},{text}" if names_none else text or default
 
 
 def parse_spec(text: str) -> SimSpec:

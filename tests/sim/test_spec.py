@@ -6,7 +6,7 @@ import pytest
 
 from kvmlaunch.errors import FormatError
 from kvmlaunch.platforms import open_platform
-from kvmlaunch.sim.spec import SimSpec, parse_spec
+from kvmlaunch.sim.spec import SimSpec, parse_spec, with_profile
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,17 @@ def test_platform_when_opened_by_a_spec_is_that_one():
     choice = open_platform("sim", profile="6.18,seed=4,product=Genoa")
     assert choice.platform.profile == "6.18"
     assert choice.why == "platform sim (6.18,seed=4,product=Genoa): a simulated host, as asked"
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("", "6.12"),
+        ("seed=3", "6.12,seed=3"),
+        ("debug-swap,seed=3", "6.12,debug-swap,seed=3"),
+        ("7.0", "7.0"),
+        ("7.0,product=Genoa", "7.0,product=Genoa"),
+    ],
+)
+def test_spec_without_a_profile_gets_the_default_one(text, whole):
+    assert with_profile(text, "6.12") == whole

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.sim.fdtable import FdTable, File
 from kvmlaunch.sim.guest_memfd import GuestMemfd
 from kvmlaunch.sim.uaccess import refuse
@@ -52,7 +53,9 @@ class ClientFds(FdTable):
         self._lock = threading.RLock()
         created = lib.kl_watch_new()
         if created.ret < 0:
-            refuse(created.err)
+            # Far from a limit of this process, it is that of its user's.
+            why = os.strerror(created.err)
+            raise KvmLaunchError(f"inotify_init: {why} (fs.inotify.max_user_instances?)")
         self.watch = int(created.ret)
         probe = new_memfd("probe", 0)
         self.device = os.fstat(probe).st_dev

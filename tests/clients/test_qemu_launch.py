@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from tests import debian, guests
 from tests.cli.command import command, events, page_events
 from tests.clients.qemu import Command
+from tests.host import require_simulated_cpu
 from tests.supervisor import rig
 
 _SNP = "q35,confidential-guest-support=sev0,memory-backend=ram,kernel-irqchip=split"
@@ -59,6 +63,42 @@ def test_qemu_when_the_firmware_refuses_says_so_in_its_words(
     ran = rig.sim(*qemu10, *guest, *_QUIT, options=options, input="quit\n")
     assert ran.code == 1
     assert "SNP_LAUNCH_FINISH ret=-5 fw_error=11 'Bad measurement'" in ran.err
+
+
+@pytest.mark.timeout(300)
+def test_snp_guest_of_qemu_when_run_gets_as_far_as_its_firmware_does(qemu10: Command) -> None:
+    """Debian 12's OVMF shares pages by GHCB, and then takes the APIC for encrypted memory.
+
+    Newer releases map that page unencrypted (edk2, OvmfPkg/Sec: SecMapApicBaseUnencrypted).
+    """
+    rig.require_supervision()
+    require_simulated_cpu()
+    line = rig.words(*qemu10, *_snp_guest(debian.ovmf(), 1, "EPYC-v4"), "-monitor", "none")
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = process.stderr.readline()  # then it shows the registers, and waits
+        process.terminate()
+    assert "Convert non guest_memfd backed memory region (0xfee00000 ,+ 0x1000) to private" in said
+
+
+@pytest.mark.timeout(700)
+def test_snp_guest_of_qemu_when_its_firmware_is_new_comes_to_a_shell(
+    qemu10: Command, tmp_path: Path
+) -> None:
+    """``KVMLAUNCH_NEW_OVMF``: an OVMF.fd as of 2024, such as that of Debian 13. Takes minutes."""
+    firmware = os.environ.get("KVMLAUNCH_NEW_OVMF")
+    if firmware is None:
+        pytest.skip("KVMLAUNCH_NEW_OVMF names no OVMF.fd as of 2024")
+    console = tmp_path / "console"
+    guest = _snp_guest(Path(firmware), 1, "EPYC-v4")
+    line = rig.words(*qemu10, *guest, "-monitor", "none", "-serial", f"file:{console}")
+    with subprocess.Popen(line) as process:
+        try:
+            while b"Shell> " not in (console.read_bytes() if console.exists() else b""):
+                assert process.poll() is None
+                time.sleep(1)
+        finally:
+            process.terminate()
 
 
 @pytest.mark.timeout(300)

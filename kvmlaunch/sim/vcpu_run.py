@@ -332,7 +332,7 @@ class VcpuRun:
         elif vcpu.debug.blocks_interrupts:
             cpu.want_window = False
             return None
-        elif vcpu.smi_pending and not vcpu.smm:
+        elif vcpu.smi_pending and not (vcpu.smm or cpu.unfinished):
             vcpu.smi_pending = False
             vcpu.state.msrs[msrs.SMI_COUNT] += 1
             smm.enter(vcpu)

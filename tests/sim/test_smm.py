@@ -131,6 +131,24 @@ def test_second_smi_waits_for_the_end_of_the_first():
     assert (vm.saved(LAYOUT_64["rip"]), vm.events.smi.pending) == (CODE, 0)
 
 
+def test_smi_waits_for_the_end_of_an_instruction_that_accesses_a_device():
+    """movsb from one device to another; what comes between its halves isn't done again."""
+    vm = SmmVm("a4 40 f4")
+    vm.set_regs(rsi=0xF000, rdi=0xF100)
+    sregs = vm.get(vm.vcpu, lib.KVM_GET_SREGS)
+    for segment in (sregs.ds, sregs.es):
+        segment.base, segment.selector = 0x10000, 0x1000  # behind the guest's memory
+    vm.ok(vm.call("KVM_SET_SREGS", sregs))
+    assert vm.enter() == (OK, lib.KVM_EXIT_MMIO)
+    vm.run.mmio.data[0] = 0x5A
+    vm.ok(vm.call("KVM_SMI"))
+    assert vm.enter() == (OK, lib.KVM_EXIT_MMIO)
+    assert (vm.run.mmio.is_write, vm.run.mmio.phys_addr, vm.run.mmio.data[0]) == (1, 0x1F100, 0x5A)
+    assert vm.enter() == (OK, lib.KVM_EXIT_IO)
+    assert vm.saved(LAYOUT_64["rip"]) == CODE + 1
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+
+
 def test_smi_by_events_is_as_good_as_the_ioctl():
     vm = SmmVm()
     events = vm.events

@@ -133,9 +133,8 @@ def _in_kernel(vcpu: Vcpu, area: ScratchArea, gpa: int, size: int, *, is_write: 
     while done < size:
         count = min(size - done, _MMIO_PIECE)
         if is_write:
-            address, data = gpa + done & _U64, area.read(done, count)
-            taken = vcpu.apic.write_mmio(address, data)
-            if not taken and not io_bus.write(vcpu, address, data, pio=False):
+            data = area.read(done, count)
+            if not io_bus.write(vcpu, gpa + done & _U64, data, pio=False):
                 break
         else:
             answer = vcpu.apic.read_mmio(gpa + done & _U64, count)

@@ -1,4 +1,4 @@
-"""Writes to ports and devices that the kernel takes itself (kvm_main.c: kvm_io_bus_write)."""
+"""Writes to ports and devices that the kernel takes itself (x86.c: vcpu_mmio_write())."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ __all__ = ["write"]
 
 
 def write(vcpu: Vcpu, address: int, data: bytes, *, pio: bool) -> bool:
-    """Give a write to an ioeventfd or the coalesced ring; False where it is for user space."""
+    """Give a write to what is in the kernel; False where it is for user space.
+
+    The local APIC of the vCPU comes first, then ioeventfds and the coalesced ring.
+    """
+    if not pio and vcpu.apic.write_mmio(address, data):
+        return True
     flags = lib.KVM_IOEVENTFD_FLAG_PIO if pio else 0
     vm = vcpu.vm
     return vm.ioeventfds.write(flags, address, data) or vm.coalesced.take(

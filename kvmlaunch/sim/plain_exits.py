@@ -97,8 +97,6 @@ def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:
 
     def mmio_write(event: MmioWrite) -> int:
         data = event.value.to_bytes(event.size, "little")
-        if vcpu.apic.write_mmio(event.gpa, data):
-            return 1
         if io_bus.write(vcpu, event.gpa, data, pio=False):
             return 1
         exits.mmio(vcpu.run, event.gpa, event.size, data)

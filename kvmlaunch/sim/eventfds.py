@@ -106,7 +106,6 @@ class Ioeventfds:
         found = self._places.get(_place(given))
         if found is None or found.id != event.id:
             refuse(errno.ENOENT)
-        self.signal()
         self.signal()  # what waits may be for this one
         del self._places[_place(given)]
         os.close(found.fd)

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.abi.page import PAGE_SIZE
+from kvmlaunch.sim import msrs
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import ffi, lib
 
@@ -24,13 +25,12 @@ __all__ = ["FLAGS", "Kvmclock"]
 FLAGS = lib.KVM_CLOCK_TSC_STABLE | lib.KVM_CLOCK_REALTIME | lib.KVM_CLOCK_HOST_TSC
 """KVM_CLOCK_VALID_FLAGS."""
 
-_SYSTEM_TIME, _SYSTEM_TIME_NEW = 0x12, 0x4B564D01
 _ENABLED = 1
 # struct pvclock_vcpu_time_info (asm/pvclock-abi.h): version, TSC, time, multiplier, shift, flags.
 _INFO = struct.Struct("<I4xQQIbB2x")
 _TSC_STABLE, _GUEST_STOPPED = 1 << 0, 1 << 1
 _NS = 1_000_000_000
-_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
+_U32 = (1 << 32) - 1
 
 
 class Kvmclock:
@@ -44,7 +44,7 @@ class Kvmclock:
     def get(self) -> Any:
         """KVM_GET_CLOCK's ``struct kvm_clock_data``."""
         clock = ffi.new("struct kvm_clock_data *")
-        clock.clock, clock.flags = self._now & _U64, FLAGS
+        clock.clock, clock.flags = self._now & msrs.U64, FLAGS
         clock.realtime, clock.host_tsc = time.time_ns(), self._vm.guest_ticks
         return clock
 
@@ -59,8 +59,7 @@ class Kvmclock:
 
     def update(self, vcpu: Vcpu) -> None:
         """kvm_guest_time_update(), where the vCPU's page isn't as it must be."""
-        msrs = vcpu.state.msrs
-        place = msrs[_SYSTEM_TIME_NEW] or msrs[_SYSTEM_TIME]
+        place = vcpu.state.msrs[msrs.SYSTEM_TIME_NEW]
         if not place & _ENABLED:
             self._seen.pop(vcpu.id, None)
             return
@@ -78,7 +77,8 @@ class Kvmclock:
             version, *_, flags = _INFO.unpack(memory.read(gpa, _INFO.size))
             version = (version + 1 | 1) + 1 & _U32
             flags = _TSC_STABLE | flags & _GUEST_STOPPED
-            memory.write(gpa, _INFO.pack(version, tsc, self._now & _U64, multiplier, shift, flags))
+            now_ns = self._now & msrs.U64
+            memory.write(gpa, _INFO.pack(version, tsc, now_ns, multiplier, shift, flags))
         except OSError:
             return
 

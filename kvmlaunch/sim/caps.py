@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from kvmlaunch.sim import coalesced, guest_debug, kvmclock, mce
 from kvmlaunch.sim.host import Host
 from kvmlaunch.sim.irq import MAX_ROUTES
+from kvmlaunch.sim.slots import NR_USER_SLOTS
 from kvmlaunch.uapi import lib
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ DISABLED_EXITS = (
 )
 """Exits that KVM_CAP_X86_DISABLE_EXITS can switch off."""
 
-_MEMSLOTS = 32764
 _NR_VCPUS = 2
 _SYNC_REGS = lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS | lib.KVM_SYNC_X86_EVENTS
 _XSAVE2_MIN = 4096
@@ -59,7 +59,7 @@ _PLAIN = {
     lib.KVM_CAP_SET_TSS_ADDR: 1,
     lib.KVM_CAP_EXT_CPUID: 1,
     lib.KVM_CAP_NR_VCPUS: _NR_VCPUS,
-    lib.KVM_CAP_NR_MEMSLOTS: _MEMSLOTS,
+    lib.KVM_CAP_NR_MEMSLOTS: NR_USER_SLOTS,
     lib.KVM_CAP_MP_STATE: 1,
     lib.KVM_CAP_COALESCED_MMIO: coalesced.RING_PAGE,
     lib.KVM_CAP_SYNC_MMU: 1,
@@ -85,7 +85,6 @@ _PLAIN = {
     lib.KVM_CAP_XCRS: 1,
     lib.KVM_CAP_TSC_CONTROL: 1,
     lib.KVM_CAP_GET_TSC_KHZ: 1,
-    lib.KVM_CAP_TSC_DEADLINE_TIMER: 1,
     lib.KVM_CAP_MAX_VCPUS: MAX_VCPUS,
     lib.KVM_CAP_SYNC_REGS: _SYNC_REGS,
     lib.KVM_CAP_READONLY_MEM: 1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MAX_BANKS", "SUPPORTED", "MachineCheck"]
+__all__ = ["MAX_BANKS", "MCG_CTL", "MCG_STATUS", "SUPPORTED", "MachineCheck"]
 
 MAX_BANKS = 32
 """KVM_MAX_MCE_BANKS."""
@@ -11,7 +11,10 @@ _CTL_P, _SER_P = 1 << 8, 1 << 24  # of MCG_CAP (asm/mce.h)
 SUPPORTED = _CTL_P | _SER_P
 """KVM_X86_GET_MCE_CAP_SUPPORTED."""
 
-_MCG_CAP, _MCG_STATUS, _MCG_CTL, _MC0_CTL = 0x179, 0x17A, 0x17B, 0x400
+MCG_STATUS, MCG_CTL = 0x17A, 0x17B
+"""The MSRs of all banks that have a state to save."""
+
+_MCG_CAP, _MC0_CTL = 0x179, 0x400
 _MC0_CTL2 = 0x280  # of corrected errors' interrupts, which AMD's CPUs signal another way
 _P5 = (0x0, 0x1)  # where a Pentium tells of an error
 _ALL_ONES = (1 << 64) - 1
@@ -43,7 +46,7 @@ class MachineCheck:
 
     def get(self, index: int) -> int | None:
         """One register as user space sees it; None where there is none."""
-        registers = {_MCG_CAP: self.cap, _MCG_STATUS: self._status, _MCG_CTL: self._ctl}
+        registers = {_MCG_CAP: self.cap, MCG_STATUS: self._status, MCG_CTL: self._ctl}
         if index in registers:
             return registers[index]
         if index in _P5 or self._is_second_control(index):
@@ -52,9 +55,9 @@ class MachineCheck:
 
     def set(self, index: int, value: int) -> bool:
         """Store one register, as user space may; False where KVM refuses."""
-        if index == _MCG_STATUS:
+        if index == MCG_STATUS:
             self._status = value
-        elif index == _MCG_CTL:
+        elif index == MCG_CTL:
             if value not in (0, _ALL_ONES) or (value and not self.cap & _CTL_P):
                 return False
             self._ctl = value
@@ -70,7 +73,7 @@ class MachineCheck:
 
     def guest_may_access(self, index: int) -> bool:
         """False for registers that user space finds although the guest's CPU lacks them."""
-        lacks_control = index == _MCG_CTL and not self.cap & _CTL_P
+        lacks_control = index == MCG_CTL and not self.cap & _CTL_P
         return not lacks_control and not self._is_second_control(index)
 
     def makes_up_error(self, index: int, value: int) -> bool:

@@ -6,6 +6,7 @@ import errno
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvmlaunch.sim import msrs
 from kvmlaunch.sim.uaccess import UserSpace, copy_in, refuse
 from kvmlaunch.uapi import ffi, lib
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["MsrFilter", "set_filter"]
 
 _RANGE_FLAGS = lib.KVM_MSR_FILTER_READ | lib.KVM_MSR_FILTER_WRITE
-_X2APIC = range(0x800, 0x900)
 _U32 = 0xFFFFFFFF
 
 
@@ -36,7 +36,7 @@ class MsrFilter:
 
     def allows(self, index: int, kind: int) -> bool:
         """Whether KVM serves it; ``kind`` is KVM_MSR_FILTER_READ or _WRITE."""
-        if index in _X2APIC:
+        if index in msrs.X2APIC:
             return True
         for part in self.ranges:
             if part.base <= index < part.end and part.flags & kind:

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from kvmlaunch.sim import mtrr
+from kvmlaunch.sim import mce, mtrr
 from kvmlaunch.sim.uaccess import UserSpace, copy_in, refuse
 from kvmlaunch.uapi import ffi
 
@@ -24,7 +24,6 @@ __all__ = [
     "PLATFORM_INFO",
     "POLL_CONTROL",
     "PV_EOI_EN",
-    "RESERVED",
     "SAVED",
     "STEAL_TIME",
     "SYSTEM_TIME",
@@ -35,6 +34,7 @@ __all__ = [
     "VMCB",
     "WALL_CLOCK",
     "WALL_CLOCK_NEW",
+    "X2APIC",
     "transfer",
 ]
 
@@ -52,7 +52,8 @@ WALL_CLOCK, SYSTEM_TIME = 0x11, 0x12
 WALL_CLOCK_NEW, SYSTEM_TIME_NEW, ASYNC_PF_EN, STEAL_TIME = range(0x4B564D00, 0x4B564D04)
 PV_EOI_EN, POLL_CONTROL, ASYNC_PF_INT, ASYNC_PF_ACK = range(0x4B564D04, 0x4B564D08)
 U64 = (1 << 64) - 1
-APIC = frozenset({*range(0x800, 0x900), 0x6E0})
+X2APIC = range(0x800, 0x900)
+APIC = frozenset({*X2APIC, 0x6E0})
 """x2APIC registers and the TSC deadline."""
 
 VMCB: Mapping[int, str] = MappingProxyType(
@@ -101,19 +102,8 @@ PLAIN: Mapping[int, int] = MappingProxyType(
 )
 """MSR -> reset value, kept by KVM and never in the VMSA.
 
-Those of KVM itself (WALL_CLOCK and so on) have no effect here: no clock is written.
+Of those of KVM itself (WALL_CLOCK and so on) only SYSTEM_TIME_NEW has an effect, see `kvmclock`.
 """
-
-RESERVED: Mapping[int, int] = MappingProxyType(
-    {
-        ASYNC_PF_EN: 0x30,
-        STEAL_TIME: 0x3E,
-        PV_EOI_EN: 0x2,
-        POLL_CONTROL: ~1,
-        ASYNC_PF_INT: ~0xFF,
-    }
-)
-"""MSR -> bits that must be 0 (kvm_set_msr_common())."""
 
 HOST_ONLY = frozenset({SMBASE, SMI_COUNT})
 """MSRs that exist for user space only."""
@@ -127,12 +117,10 @@ The guest's CPUID decides for XSS and SYSENTER_ESP/EIP (VcpuState.passes_through
 ADDRESSES = frozenset({FS_BASE, GS_BASE, 0xC0000102, 0xC0000083, 0xC0000082})
 """MSRs that refuse an address that isn't canonical (__kvm_set_msr())."""
 
-_MCG_STATUS, _MCG_CTL, _MTRR_DEFAULT = 0x17A, 0x17B, 0x2FF
-
 SAVED = tuple(
     sorted(
-        {*VMCB, *PLAIN, TSC, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE, _MCG_STATUS, _MCG_CTL}
-        - (mtrr.RESET.keys() - {_MTRR_DEFAULT})
+        {*VMCB, *PLAIN, TSC, EFER, XSS, FS_BASE, GS_BASE, APIC_BASE, mce.MCG_STATUS, mce.MCG_CTL}
+        - (mtrr.RESET.keys() - {mtrr.DEFAULT_TYPE})
     )
 )
 """KVM_GET_MSR_INDEX_LIST."""

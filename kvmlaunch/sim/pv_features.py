@@ -47,6 +47,16 @@ NUMBER: Mapping[int, int] = MappingProxyType(
 )
 """Older number of an MSR -> the one that its value is kept by."""
 
+_RESERVED: Mapping[int, int] = MappingProxyType(
+    {
+        msrs.ASYNC_PF_EN: 0x30,
+        msrs.STEAL_TIME: 0x3E,
+        msrs.PV_EOI_EN: 0x2,
+        msrs.POLL_CONTROL: ~1,
+        msrs.ASYNC_PF_INT: ~0xFF,
+    }
+)
+"""MSR -> bits that must be 0 (kvm_set_msr_common())."""
 _ENABLED = 1 << 0
 _AS_PF_VMEXIT, _AS_INT = 1 << 2, 1 << 3
 _ASYNC_PF_FLAGS = 0x3F
@@ -60,7 +70,9 @@ def guest_has(vcpu: Vcpu, feature: int) -> bool:
 
 
 def value_allowed(vcpu: Vcpu, index: int, value: int) -> bool:
-    """Whether KVM takes a value for one of these MSRs, whose reserved bits are another matter."""
+    """Whether KVM takes a value for one of these MSRs (kvm_set_msr_common())."""
+    if value & _RESERVED.get(index, 0):
+        return False
     in_kernel = vcpu.vm.irq.in_kernel
     if index == msrs.ASYNC_PF_EN:
         needs = (_AS_PF_VMEXIT, _ASYNC_PF_VMEXIT), (_AS_INT, _ASYNC_PF_INT)

@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim.uaccess import refuse
+from kvmlaunch.sim.vcpu_state import SEGMENTS
 from kvmlaunch.uapi import ffi, lib
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ _REGS = tuple(name for name, _ in ffi.typeof("struct kvm_regs").fields)
 _SEGMENT_FIELDS = tuple(
     name for name, _ in ffi.typeof("struct kvm_segment").fields if name != "padding"
 )
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
 
 def fill_regs(vcpu: Vcpu, out: Any) -> None:
@@ -67,7 +67,7 @@ def take_sregs(vcpu: Vcpu, sregs: Any) -> None:
     state.set_segments(
         {
             name: {field: getattr(getattr(sregs, name), field) for field in _SEGMENT_FIELDS}
-            for name in _SEGMENTS
+            for name in SEGMENTS
         }
     )
     # Older user space doesn't wake a vCPU that it resets.

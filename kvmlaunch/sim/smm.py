@@ -26,7 +26,6 @@ _NATURAL = (
     *(f"r{n}" for n in range(8, 16)),
 )
 _CODE_AND_DATA = ("es", "cs", "ss", "ds", "fs", "gs")
-_EVERY_SEGMENT = (*_CODE_AND_DATA, "tr", "ldt")
 
 # Offsets in the area (struct kvm_smram_state_64 and _32).
 _SEGMENTS_64 = {name: 0x10 * n for n, name in enumerate(_CODE_AND_DATA)} | {"ldt": 0x70, "tr": 0x90}
@@ -224,7 +223,6 @@ def _load(
     state.set_efer(efer)
     state.set_cr0(cr0)
     state.set_cr4(cr4)
-    for name in _EVERY_SEGMENT:
-        state.vmcb.set_kvm_segment(name, segments[name])
+    state.set_segments(segments)
     vcpu.running.shadow = bool(shadow)
     return True

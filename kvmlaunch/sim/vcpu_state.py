@@ -11,7 +11,7 @@ from kvmlaunch.sim.guest_limits import NOTHING_KNOWN, GuestLimits, canonical
 from kvmlaunch.sim.mce import MachineCheck
 from kvmlaunch.sim.vmcb import Segment, Vmcb
 
-__all__ = ["GENERAL", "VcpuState"]
+__all__ = ["GENERAL", "SEGMENTS", "VcpuState"]
 
 GENERAL = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
@@ -19,7 +19,8 @@ GENERAL = (
 )
 """General registers by the names of ``struct kvm_regs``."""
 
-_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+"""Segments of ``struct kvm_sregs``."""
 
 _CR0_PE, _CR0_ET, _CR0_NW, _CR0_CD, _CR0_PG = 1 << 0, 1 << 4, 1 << 29, 1 << 30, 1 << 31
 _CR4_PAE, _CR4_MCE = 1 << 5, 1 << 6
@@ -162,11 +163,11 @@ class VcpuState:
 
     def segments(self) -> dict[str, dict[str, int]]:
         """All segments of ``struct kvm_sregs``, as KVM reports them."""
-        return {name: self.vmcb.get_kvm_segment(name) for name in _SEGMENTS}
+        return {name: self.vmcb.get_kvm_segment(name) for name in SEGMENTS}
 
     def set_segments(self, values: dict[str, dict[str, int]]) -> None:
         """Store all segments of ``struct kvm_sregs``."""
-        for name in _SEGMENTS:
+        for name in SEGMENTS:
             self.vmcb.set_kvm_segment(name, values[name])
 
     def set_xcr0(self, value: int) -> bool:
@@ -254,8 +255,6 @@ class VcpuState:
             return not value & ~(_DEBUGCTL_LBR | _DEBUGCTL_DROPPED)
         if index == msrs.XSS:
             return not value & ~self.supported_xss
-        if index in msrs.RESERVED:
-            return not value & msrs.RESERVED[index]
         if index in mtrr.RESET:
             return mtrr.is_valid(index, value, self.reserved_bits_raw)
         return index != msrs.APIC_BASE or self.apic_base_valid(value)

@@ -180,7 +180,7 @@ class DebugStop:
 
 @dataclasses.dataclass(frozen=True)
 class DebugTrap:
-    """What `SoftCpu.debug` asks for: a vector (1 or 3), and the bits of DR6 that say why.
+    """What `SoftCpu.set_debug` asks for: a vector (1 or 3), and the bits of DR6 that say why.
 
     RIP is at the instruction of an INT3, of an instruction breakpoint and of an access to a
     debug register; it is behind one that accessed watched data.

@@ -60,7 +60,7 @@ class Exits:
             vc.WRITE_CR4: lambda _code: control.write_control(core, 4),
             vc.READ_CR8: self._read_cr8,
             vc.WRITE_CR8: self._write_cr8,
-            **dict.fromkeys((*range(0x20, 0x28), *range(0x30, 0x38)), self._debug_register),
+            **dict.fromkeys((*vc.READ_DRS, *vc.WRITE_DRS), self._debug_register),
             vc.LTR: lambda _code: control.load_task_register(core),
             vc.RDTSC: self._rdtsc,
             vc.IRET: self._iret,
@@ -284,7 +284,7 @@ class Exits:
             return DebugTrap(DB, _BD)
         if self._core.options.snp and not self.sev_features & vc.DEBUG_SWAP:
             raise GuestFault(VC, code)
-        if code == vc.READ_DR:
+        if code in vc.READ_DRS:
             control.read_debug(self._core)
         else:
             control.write_debug(self._core)

@@ -25,7 +25,7 @@ __all__ = [
     "RDTSC",
     "RDTSCP",
     "READ_CR8",
-    "READ_DR",
+    "READ_DRS",
     "RSM",
     "SHUTDOWN",
     "SOFTWARE_INTERRUPT",
@@ -36,11 +36,12 @@ __all__ = [
     "WRITE_CR0",
     "WRITE_CR4",
     "WRITE_CR8",
-    "WRITE_DR",
+    "WRITE_DRS",
 ]
 
 READ_CR8, WRITE_CR0, WRITE_CR4, WRITE_CR8 = 0x08, 0x10, 0x14, 0x18
-READ_DR, WRITE_DR = 0x27, 0x37
+READ_DRS, WRITE_DRS = range(0x20, 0x28), range(0x30, 0x38)
+"""MOV from and to DR0 to DR7."""
 EXCEPTION = 0x40
 """Plus the vector."""
 LTR, RDTSC, CPUID, RSM, IRET = 0x6D, 0x6E, 0x72, 0x73, 0x74

@@ -13,7 +13,7 @@ from .core import Core
 from .engine import READ, WRITE
 from .events import MmioWrite
 from .faults import GP, GuestFault, MmioFault
-from .stepping import step
+from .stepping import step, unwatched
 
 __all__ = ["Mmio"]
 
@@ -78,18 +78,19 @@ class Mmio:
         ctypes.memmove(access.host, data, access.size)
 
     def step(self) -> tuple[int | None, list[MmioWrite]]:
-        """Execute the instruction; return the exit code if another one came, and the writes."""
+        """Execute the instruction; return the exit code if another one came, and the writes.
+
+        A debugger has seen the instruction; its data breakpoints don't count here, as KVM's
+        emulator doesn't know them.
+        """
         core = self._core
         before = (core.linear_rip, list(core.state.gpr))
         core.scratch = {page: at.host | at.rights for page, at in self._pages.items()}
-        core.engine.flush_tlb()
-        core.engine.watching = False  # a debugger has seen this instruction
         try:
-            code = step(core)
+            with unwatched(core):
+                code = step(core)
         finally:
-            core.engine.watching = True
             core.scratch = {}
-            core.engine.flush_tlb()
         if code is not None and before == (core.linear_rip, list(core.state.gpr)):
             return code, []
         return code, [

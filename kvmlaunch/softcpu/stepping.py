@@ -5,11 +5,14 @@ A guest that sets TF itself by POPF or IRET loses it when that instruction is st
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from .core import Core
 from .engine import SS, Stop
 from .faults import WatchFault
 
-__all__ = ["STEP_TICKS", "step", "step_over"]
+__all__ = ["STEP_TICKS", "step", "step_over", "unwatched"]
 
 STEP_TICKS = 1 << 14
 """More than any instruction takes."""
@@ -48,6 +51,20 @@ def _hide_trap_flag(core: Core) -> None:
     core.store(at, bytes((state.rflags >> 8 & 0xFE,)), user=state.cpl == 3)
 
 
+@contextlib.contextmanager
+def unwatched(core: Core) -> Iterator[None]:
+    """Nothing that is watched, instructions or data, stops what is executed within."""
+    watched, core.watched = core.watched, {}
+    core.engine.flush_tlb()
+    core.engine.watching = False
+    try:
+        yield
+    finally:
+        core.engine.watching = True
+        core.watched = watched
+        core.engine.flush_tlb()
+
+
 def step_over(core: Core, fault: WatchFault, linear: int) -> tuple[int | None, int]:
     """Let an instruction access a watched page.
 
@@ -56,13 +73,6 @@ def step_over(core: Core, fault: WatchFault, linear: int) -> tuple[int | None, i
     instruction = core.instruction()
     size = 1 if instruction is None else instruction.access_size
     hit = core.debug.hits_data(linear, size, write=fault.write)
-    watched, core.watched = core.watched, {}
-    core.engine.flush_tlb()
-    core.engine.watching = False
-    try:
+    with unwatched(core):
         code = step(core)
-    finally:
-        core.engine.watching = True
-        core.watched = watched
-        core.engine.flush_tlb()
     return code, 0 if code is not None else hit

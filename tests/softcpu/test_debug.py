@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmlaunch.softcpu import DebugControl, DebugTrap, Halt, SoftCpu
+from kvmlaunch.softcpu import DebugControl, DebugTrap, Halt, MmioRead, MmioWrite, SoftCpu
 from tests.softcpu.model import Guest
 
 DB, BP = 1, 3
@@ -12,6 +12,9 @@ DATA = 0x5004
 NOP_NOP_HLT = bytes.fromhex("9090f4")
 STORE = bytes.fromhex("a304500000 90 f4")  # mov [0x5004], eax; nop; hlt
 LOAD = bytes.fromhex("a104500000 90 f4")  # mov eax, [0x5004]
+DEVICE = 0x50000
+PUSH_DEVICE = bytes.fromhex("ff3500000500 f4")  # push dword [0x50000]; hlt
+COPY = bytes.fromhex("a4 f4")  # movsb; hlt
 
 
 def control(address: int, kind: int = 0, length: int = 0, number: int = 0) -> DebugControl:
@@ -112,3 +115,22 @@ def test_breakpoint_when_it_is_another_cpus_does_nothing() -> None:
     other = guest.machine.new_cpu()
     other.set_debug(control(0x1001))
     assert guest.run(NOP_NOP_HLT) == Halt()
+
+
+@pytest.mark.parametrize("watched", [0x7FF0, 0x7FFC])
+def test_device_when_read_beside_watched_data_is_read_once(watched: int) -> None:
+    """As in KVM, whose emulator accesses devices, data breakpoints don't count then."""
+    guest, cpu = start(PUSH_DEVICE, control(watched, 3, 3), rsp=0x8000)
+    guest.memory.mmio.add(DEVICE)
+    assert cpu.run(1000) == MmioRead(DEVICE, 4)
+    cpu.complete(0x1234)
+    assert cpu.run(1000) == Halt()
+    assert guest.read(0x7FFC, 4) == 0x1234
+
+
+def test_device_when_watched_data_is_copied_there_is_written_once() -> None:
+    guest, cpu = start(COPY, control(DATA, 3), rsi=DATA, rdi=DEVICE)
+    guest.memory.mmio.add(DEVICE)
+    guest.put(DATA, b"\x5a")
+    assert cpu.run(1000) == MmioWrite(DEVICE, 1, 0x5A)
+    assert cpu.run(1000) == Halt()

@@ -56,6 +56,15 @@ def test_failure_in_the_guests_kernel_exits_and_is_an_undefined_opcode():
     assert vm.enter() == (OK, lib.KVM_EXIT_SHUTDOWN)  # without an IDT
 
 
+def test_failure_in_the_guests_user_space_is_only_an_undefined_opcode():
+    vm = guest(FLDS, always=0)
+    sregs = vm.get(vm.vcpu, lib.KVM_GET_SREGS)
+    for name in ("cs", "ds", "es", "ss"):
+        getattr(sregs, name).dpl, getattr(sregs, name).selector = 3, 3
+    vm.ok(vm.ioctl(vm.vcpu, lib.KVM_SET_SREGS, sregs))
+    assert vm.enter() == (OK, lib.KVM_EXIT_SHUTDOWN)  # without an IDT
+
+
 @pytest.mark.parametrize("code", ["d938", "dd38", "8b00"])
 def test_instruction_that_kvm_knows_reaches_the_device(code):
     assert guest(code, always=1).enter() == (OK, lib.KVM_EXIT_MMIO)

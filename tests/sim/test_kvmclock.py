@@ -8,11 +8,12 @@ from struct import unpack
 
 import pytest
 
-from kvmlaunch.uapi import ffi, lib
+from kvmlaunch.uapi import lib
 
 from .driver import Driver, simulated, struct
 from .plain_vm import CODE, Vm
 from .test_plain_run import OK
+from .test_tsc import set_msr
 
 SYSTEM_TIME, SYSTEM_TIME_NEW = 0x12, 0x4B564D01
 PAGE_AT = 0x3000
@@ -29,13 +30,6 @@ class Clocked(Vm):
     def again(self):
         self.set_regs(rip=CODE)
         assert self.enter() == (OK, lib.KVM_EXIT_HLT)
-
-    def set_msr(self, index, value):
-        keep = ffi.new("char[]", 8 + 16)
-        msrs = ffi.cast("struct kvm_msrs *", keep)
-        msrs.nmsrs = 1
-        msrs.entries[0].index, msrs.entries[0].data = index, value
-        assert self.ioctl(self.vcpu, lib.KVM_SET_MSRS, msrs) == (1, 0)
 
     @property
     def page(self):
@@ -97,7 +91,7 @@ def test_clock_null_is_efault(driver, vm):
 def test_page_makes_nanoseconds_of_the_tsc(index, khz):
     vm = Clocked()
     vm.ok(vm.ioctl(vm.vcpu, lib.KVM_SET_TSC_KHZ, khz))
-    vm.set_msr(index, PAGE_AT | 1)
+    set_msr(vm, index, PAGE_AT | 1)
     vm.again()
     version, _, _, multiplier, shift, flags = vm.page
     assert (version, flags) == (2, 1)
@@ -109,7 +103,7 @@ def test_page_makes_nanoseconds_of_the_tsc(index, khz):
 
 def test_page_is_written_anew_where_the_clock_was_set():
     vm = Clocked()
-    vm.set_msr(SYSTEM_TIME_NEW, PAGE_AT | 1)
+    set_msr(vm, SYSTEM_TIME_NEW, PAGE_AT | 1)
     vm.again()
     first = vm.page
     vm.again()
@@ -125,7 +119,7 @@ def test_page_keeps_that_the_guest_was_stopped_and_an_odd_version_becomes_even()
     vm = Clocked()
     vm.ram.write(b"\x07", PAGE_AT)
     vm.ram.write(b"\xff", PAGE_AT + 29)
-    vm.set_msr(SYSTEM_TIME_NEW, PAGE_AT | 1)
+    set_msr(vm, SYSTEM_TIME_NEW, PAGE_AT | 1)
     vm.again()
     assert (vm.page[0], vm.page[5]) == (10, 3)
 
@@ -134,7 +128,7 @@ def test_page_keeps_that_the_guest_was_stopped_and_an_odd_version_becomes_even()
 def test_no_page_is_written_where_none_is_asked_for_or_can_be(value):
     vm = Clocked()
     before = vm.ram.read(0x2000, PAGE_AT)
-    vm.set_msr(SYSTEM_TIME_NEW, value)
+    set_msr(vm, SYSTEM_TIME_NEW, value)
     vm.again()
     assert vm.ram.read(0x2000, PAGE_AT) == before
 
@@ -142,8 +136,8 @@ def test_no_page_is_written_where_none_is_asked_for_or_can_be(value):
 def test_page_that_is_asked_for_again_is_written_again():
     vm = Clocked()
     for expected in (2, 4):
-        vm.set_msr(SYSTEM_TIME_NEW, PAGE_AT | 1)
+        set_msr(vm, SYSTEM_TIME_NEW, PAGE_AT | 1)
         vm.again()
         assert vm.page[0] == expected
-        vm.set_msr(SYSTEM_TIME_NEW, 0)
+        set_msr(vm, SYSTEM_TIME_NEW, 0)
         vm.again()

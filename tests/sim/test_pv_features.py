@@ -15,8 +15,12 @@ from .plain_vm import Vm
 from .test_tsc import get_msr, msr_entry
 
 SIGNATURE = packing.unpack("<3I", b"KVMKVMKVM\0\0\0")
-FEATURES = {0x11: 0, 0x12: 0, 0x4B564D00: 3, 0x4B564D01: 3, 0x4B564D02: 4, 0x4B564D03: 5}
-FEATURES |= {0x4B564D04: 6, 0x4B564D05: 12, 0x4B564D06: 14, 0x4B564D07: 14}
+# asm/kvm_para.h
+WALL_CLOCK, SYSTEM_TIME, ASYNC_PF_EN, STEAL_TIME, PV_EOI = range(0x4B564D00, 0x4B564D05)
+POLL, ASYNC_PF_INT, ASYNC_PF_ACK, MIGRATION = range(0x4B564D05, 0x4B564D09)
+FEATURES = {0x11: 0, 0x12: 0, WALL_CLOCK: 3, SYSTEM_TIME: 3, ASYNC_PF_EN: 4, STEAL_TIME: 5}
+FEATURES |= {PV_EOI: 6, POLL: 12, ASYNC_PF_INT: 14, ASYNC_PF_ACK: 14}
+GPA = 0x1000
 KICK_CPU, SCHED_YIELD = 5, 11
 KVM_ENOSYS = 1000
 
@@ -25,6 +29,13 @@ KVM_ENOSYS = 1000
 def machine():
     with require_simulated_cpu() as platform:
         yield with_memory(Machine(platform))
+
+
+@pytest.fixture
+def split():
+    """The same with a local APIC."""
+    with require_simulated_cpu() as platform:
+        yield with_memory(Machine(platform, split=True))
 
 
 def with_memory(machine: Machine) -> Machine:
@@ -64,62 +75,85 @@ def test_msr_of_a_feature_that_cpuid_lacks_is_a_fault(msr, code):
     for features, reason in ((0, lib.KVM_EXIT_SHUTDOWN), (1 << FEATURES[msr], lib.KVM_EXIT_HLT)):
         vm = guest(code, features)
         vm.set_regs(rcx=msr, rax=0, rdx=0)
-        if msr == 0x4B564D06 and code == "0f30" and features:
+        if msr == ASYNC_PF_INT and code == "0f30" and features:
             reason = lib.KVM_EXIT_SHUTDOWN  # needs an APIC in the kernel
         assert vm.enter()[1] == reason
 
 
 def test_msr_of_a_missing_feature_works_where_cpuid_is_not_enforced():
     vm = guest("0f32", 0, enforce=False)
-    vm.set_regs(rcx=0x4B564D05)
+    vm.set_regs(rcx=POLL)
     assert vm.enter()[1] == lib.KVM_EXIT_HLT
     assert vm.regs.rax == 1  # POLL_CONTROL at reset
 
 
 def test_features_are_found_behind_another_hypervisors_leaves():
     vm = guest("0f32", 1 << 12, base=0x40000100)
-    vm.set_regs(rcx=0x4B564D05)
+    vm.set_regs(rcx=POLL)
     assert vm.enter()[1] == lib.KVM_EXIT_HLT
 
 
 def test_user_space_reads_an_msr_of_a_missing_feature_as_0_and_writes_no_other():
     vm = guest("", 0)
-    assert get_msr(vm, 0x4B564D05) == 0
-    assert (set_msr(vm, 0x4B564D05, 0), set_msr(vm, 0x4B564D05, 1)) == (1, 0)
+    assert get_msr(vm, POLL) == 0
+    assert (set_msr(vm, POLL, 0), set_msr(vm, POLL, 1)) == (1, 0)
 
 
 @pytest.mark.parametrize(
     ("msr", "value", "taken"),
     [
-        (0x4B564D03, 0x40000001, 1),
-        (0x4B564D03, 0x4000003E, 0),
-        (0x4B564D02, 0, 1),
-        (0x4B564D02, 0x1001, 0),  # no APIC in the kernel
-        (0x4B564D04, 0x1001, 1),
-        (0x4B564D04, 0x1002, 0),
-        (0x4B564D05, 1, 1),
-        (0x4B564D05, 2, 0),
-        (0x4B564D06, 0x30, 0),  # no APIC in the kernel
+        (STEAL_TIME, GPA | 1, 1),
+        (STEAL_TIME, GPA | 3, 0),
+        (STEAL_TIME, GPA | 0x3E, 0),
+        (POLL, 1, 1),
+        (POLL, 2, 0),
+        (PV_EOI, GPA | 1, 1),
+        (PV_EOI, GPA | 2, 0),
+        (PV_EOI, GPA + PAGE | 1, 0),  # no memory
+        (PV_EOI, GPA + PAGE, 1),  # off
+        (ASYNC_PF_INT, 0xFF, 1),
+        (ASYNC_PF_INT, 0x100, 0),
+        (ASYNC_PF_EN, GPA | 1, 1),
+        (ASYNC_PF_EN, GPA | 5, 1),
+        (ASYNC_PF_EN, GPA | 9, 1),
+        (ASYNC_PF_EN, GPA | 0xB, 1),
+        (ASYNC_PF_EN, GPA | 0x11, 0),
+        (ASYNC_PF_EN, GPA | 0x21, 0),
+        (ASYNC_PF_EN, GPA + PAGE | 1, 1),  # not by interrupt, so not on
+        (MIGRATION, 1, 0),  # user space's
     ],
 )
-def test_value_of_an_own_msr(machine, msr, value, taken):
-    assert set_msr(machine, msr, value) == taken
+def test_value_of_an_own_msr(split, msr, value, taken):
+    assert set_msr(split, msr, value) == taken
+    if taken:
+        assert get_msr(split, msr) == value
 
 
-@pytest.mark.parametrize(
-    ("value", "taken"), [(0x1001, 1), (0x1011, 0), (0x1021, 0), (0x1005, 1), (0x100B, 1)]
-)
-def test_async_page_faults_with_an_apic(value, taken):
-    with require_simulated_cpu() as platform:
-        machine = with_memory(Machine(platform, split=True))
-        assert set_msr(machine, 0x4B564D02, value) == taken
+def test_async_page_faults_without_memory_are_refused_but_kept(split):
+    assert set_msr(split, ASYNC_PF_EN, GPA + PAGE | 9) == 0
+    assert get_msr(split, ASYNC_PF_EN) == GPA + PAGE | 9
 
 
-def test_async_page_fault_vector_has_8_bits():
-    with require_simulated_cpu() as platform:
-        machine = Machine(platform, split=True)
-        assert (set_msr(machine, 0x4B564D06, 0xFF), set_msr(machine, 0x4B564D06, 0x100)) == (1, 0)
-        assert (set_msr(machine, 0x4B564D07, 1), get_msr(machine, 0x4B564D07)) == (1, 0)
+def test_async_page_faults_without_an_apic_stay_off(machine):
+    assert set_msr(machine, ASYNC_PF_EN, 0) == 1
+    assert [set_msr(machine, ASYNC_PF_EN, value) for value in (2, GPA | 1)] == [0, 0]
+    assert [set_msr(machine, ASYNC_PF_INT, value) for value in (0, 0x30)] == [0, 0]
+
+
+def test_acknowledgement_reads_as_0(machine):
+    assert set_msr(machine, ASYNC_PF_ACK, 1) == 1
+    assert get_msr(machine, ASYNC_PF_ACK) == 0
+
+
+def test_clocks_that_are_set_by_one_number_are_read_by_the_other(machine):
+    other = machine.ok(machine.ioctl(machine.vm, lib.KVM_CREATE_VCPU, 1))
+    for old, new in ((0x11, WALL_CLOCK), (0x12, SYSTEM_TIME)):
+        assert set_msr(machine, old, 0x5001) == 1
+        assert get_msr(machine, new) == 0x5001
+        assert set_msr(machine, new, 0x6001) == 1
+        assert get_msr(machine, old) == 0x6001
+    # The wall clock is the VM's, the time a vCPU's.
+    assert (get_msr(machine, 0x11, other), get_msr(machine, 0x12, other)) == (0x6001, 0)
 
 
 @pytest.mark.parametrize(("number", "feature"), [(KICK_CPU, 7), (SCHED_YIELD, 13), (10, 11)])
@@ -165,9 +199,3 @@ def test_disabled_exits_must_be_known(machine):
         0xF,
         0,
     )
-
-
-def test_mce_capabilities_are_those_of_amd(machine):
-    word = ffi.new("uint64_t *")
-    assert machine.ioctl(machine.kvm, lib.KVM_X86_GET_MCE_CAP_SUPPORTED, word) == OK
-    assert word[0] == 1 << 8 | 1 << 24  # MCG_CTL_P, MCG_SER_P

@@ -18,12 +18,13 @@ __all__ = [
     "ASYNC_PF_EN",
     "ASYNC_PF_INT",
     "FEATURES",
-    "HOST_ONLY",
+    "HOST_WRITTEN",
     "PASSED_THROUGH",
     "PLAIN",
     "PLATFORM_INFO",
     "POLL_CONTROL",
     "PV_EOI_EN",
+    "RESET_BY_INIT",
     "SAVED",
     "STEAL_TIME",
     "SYSTEM_TIME",
@@ -105,8 +106,11 @@ PLAIN: Mapping[int, int] = MappingProxyType(
 Of those of KVM itself (WALL_CLOCK and so on) only SYSTEM_TIME_NEW has an effect, see `kvmclock`.
 """
 
-HOST_ONLY = frozenset({SMBASE, SMI_COUNT})
-"""MSRs that exist for user space only."""
+HOST_WRITTEN = frozenset({SMBASE, SMI_COUNT, PLATFORM_INFO})
+"""MSRs that no guest can write."""
+
+RESET_BY_INIT = (SMI_COUNT, SYSTEM_TIME_NEW, ASYNC_PF_EN, ASYNC_PF_INT, STEAL_TIME)
+"""MSRs of `PLAIN` that an INIT clears (kvm_vcpu_reset())."""
 
 PASSED_THROUGH = frozenset({*VMCB, EFER, XSS, FS_BASE, GS_BASE})
 """MSRs that a running SNP guest owns: after encryption a batch stops at them.

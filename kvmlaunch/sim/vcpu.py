@@ -125,6 +125,9 @@ class Vcpu:
         self.running.shadow = self.running.nmi_blocked = False
         self.nmi_pending, self.smi_pending = 0, False
         self.apic.reset()
+        self.state.msrs.update(dict.fromkeys(msrs.RESET_BY_INIT, 0))
+        if self.vm.irq.in_kernel:
+            self.state.msrs[msrs.PV_EOI_EN] = 0
         if self.sev_es is not None:
             self.sev_es.init_event()
             return

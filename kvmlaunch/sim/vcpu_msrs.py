@@ -36,7 +36,7 @@ def read(vcpu: Vcpu, index: int, *, by_guest: bool) -> int | None:
     if _lacks_feature(vcpu, index):
         return None if by_guest else 0  # user space may read whatever KVM lists
     hidden = index == msrs.PLATFORM_INFO and not vcpu.vm.platform_info_readable
-    if by_guest and (hidden or index in msrs.HOST_ONLY):
+    if by_guest and (hidden or index == msrs.SMBASE):
         return None
     if by_guest and not vcpu.state.machine_check.guest_may_access(index):
         return None
@@ -56,7 +56,7 @@ def write(vcpu: Vcpu, index: int, value: int, *, by_guest: bool) -> bool:
     if index == msrs.TSC_ADJUST:
         _set_tsc_adjust(vcpu, value, by_guest)
         return True
-    if by_guest and (index == msrs.PLATFORM_INFO or index in msrs.HOST_ONLY):
+    if by_guest and index in msrs.HOST_WRITTEN:
         return False
     if by_guest and not _machine_check_allows(vcpu, index, value):
         return False

@@ -129,6 +129,26 @@ def test_value_of_an_own_msr(split, msr, value, taken):
         assert get_msr(split, msr) == value
 
 
+@pytest.mark.parametrize(
+    ("msr", "value", "kept"),
+    [
+        (WALL_CLOCK, GPA, True),
+        (SYSTEM_TIME, GPA | 1, False),
+        (ASYNC_PF_EN, GPA | 9, False),
+        (ASYNC_PF_INT, 0x30, False),
+        (STEAL_TIME, GPA | 1, False),
+        (PV_EOI, GPA | 1, False),
+        (POLL, 0, True),
+    ],
+)
+def test_own_msr_after_init_is_cleared_or_kept(split, msr, value, kept):
+    """kvm_vcpu_reset(), kvmclock_reset(), kvm_lapic_reset()."""
+    assert set_msr(split, msr, value) == 1
+    split.platform._host.fds.get(split.vcpu).vcpu.init_pending = True
+    split.get(split.vcpu, lib.KVM_GET_MP_STATE)
+    assert get_msr(split, msr) == (value if kept else 0)
+
+
 def test_async_page_faults_without_memory_are_refused_but_kept(split):
     assert set_msr(split, ASYNC_PF_EN, GPA + PAGE | 9) == 0
     assert get_msr(split, ASYNC_PF_EN) == GPA + PAGE | 9

@@ -76,16 +76,23 @@ def test_msr_that_user_space_may_write_has_its_value_at_reset(machine, index, va
         (0xCE, 1, lib.KVM_EXIT_HLT),
         (0xCE, 0, lib.KVM_EXIT_SHUTDOWN),
         (0x9E, 1, lib.KVM_EXIT_SHUTDOWN),
-        (0x34, 1, lib.KVM_EXIT_SHUTDOWN),
+        (0x34, 1, lib.KVM_EXIT_HLT),
     ],
 )
-def test_guest_reads_platform_info_if_it_may_and_smm_msrs_never(index, readable, reason):
+def test_guest_reads_platform_info_if_it_may_and_smbase_never(index, readable, reason):
     vm = Vm(bytes.fromhex("0f32 f4"), code32=True)
     cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_MSR_PLATFORM_INFO)
     cap.args[0] = readable
     vm.ok(vm.ioctl(vm.vm, lib.KVM_ENABLE_CAP, cap))
     vm.set_regs(rcx=index)
     assert vm.enter() == ((0, 0), reason)
+
+
+@pytest.mark.parametrize("index", [0xCE, 0x9E, 0x34])
+def test_guest_writes_none_of_platform_info_smbase_and_smi_count(index):
+    vm = Vm(bytes.fromhex("0f30 f4"), code32=True)
+    vm.set_regs(rcx=index)
+    assert vm.enter() == ((0, 0), lib.KVM_EXIT_SHUTDOWN)
 
 
 @pytest.mark.parametrize("count", [256, 257, 0xFFFFFFFF])
@@ -199,7 +206,8 @@ def test_msr_after_encryption_is_readable_when_it_is_intercepted(index, leaf, do
         del keep
 
 
-# kvm_vcpu_reset() and init_vmcb(): INIT zeroes EFER and the bases of FS and GS, no other MSR.
+# kvm_vcpu_reset() and init_vmcb(): INIT zeroes EFER and the bases of FS and GS, and of what KVM
+# keeps the number of SMIs; those of KVM itself are in test_pv_features.
 @pytest.mark.parametrize(
     ("index", "value", "kept"),
     [
@@ -211,6 +219,8 @@ def test_msr_after_encryption_is_readable_when_it_is_intercepted(index, leaf, do
         (0xC0000080, 1, 0),
         (0xC0000100, 7, 0),
         (0xC0000101, 7, 0),
+        (0x34, 7, 0),
+        (0x9E, 7, 7),
     ],
 )
 def test_msr_after_init_is_kept_unless_init_sets_it(machine, index, value, kept):

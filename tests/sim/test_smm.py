@@ -173,9 +173,22 @@ def test_smm_by_events_changes_memory():
     events, regs = vm.events, vm.regs
     events.smi.smm, events.flags = 0, lib.KVM_VCPUEVENT_VALID_SMM
     vm.ok(vm.call("KVM_SET_VCPU_EVENTS", events))
-    vm.enter()
-    assert vm.run.exit_reason != lib.KVM_EXIT_HLT  # nothing is at SMBASE + 0x8000 here
+    assert vm.enter() == (OK, lib.KVM_EXIT_INTERNAL_ERROR)
+    # exit_info_2: nothing is there outside, where the handler would go on
+    assert vm.run.internal.data[3] == SMBASE + 0x8004
     assert regs.rip == 0x8002
+
+
+def test_smm_of_one_vcpu_leaves_the_others_their_memory():
+    vm = SmmVm()
+    other = vm.ok(vm.ioctl(vm.vm, lib.KVM_CREATE_VCPU, 1))
+    sregs, regs = vm.get(vm.vcpu, lib.KVM_GET_SREGS), vm.regs
+    vm.enter_smm()
+    vm.ok(vm.ioctl(other, lib.KVM_SET_SREGS, sregs))
+    vm.ok(vm.ioctl(other, lib.KVM_SET_REGS, regs))
+    assert tuple(vm.ioctl(other, lib.KVM_RUN)) == OK
+    assert vm.get(other, lib.KVM_GET_REGS).rip == CODE + 3  # behind HLT
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
 
 
 def test_smi_without_memory_kills_the_vm():

@@ -111,7 +111,7 @@ def _check_route(
     is_message = entry.type == lib.KVM_IRQ_ROUTING_MSI
     if entry.flags & ~(_MSI_VALID_DEVID if is_message else 0):
         refuse(errno.EINVAL)
-    taken = {chip for gsi, chip in chips if gsi == entry.gsi}
+    taken = {chip for chip in _PINS if (entry.gsi, chip) in chips}
     if entry.gsi in messages or (taken if is_message else entry.u.irqchip.irqchip in taken):
         refuse(errno.EINVAL)
     if is_message:

@@ -211,8 +211,8 @@ class Engine(Protocol):
         """Return the code at an address, for what `watch` calls; empty if it is out of reach."""
         ...
 
-    def intercept_msrs(self, every: bool) -> None:
-        """Stop at each RDMSR and WRMSR, or not at those of the system call MSRs and FS/GS bases."""
+    def intercept_msrs(self) -> None:
+        """Stop at each RDMSR and WRMSR, those of the system call MSRs and FS/GS bases too."""
         ...
 
     watching: bool

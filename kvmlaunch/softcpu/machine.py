@@ -50,7 +50,7 @@ class Machine:
         self._wants_msr = wanted
         for core in self._cores:
             core.wants_msr = wanted
-        self._engine.intercept_msrs(True)
+        self._engine.intercept_msrs()
 
     def flush(self) -> None:
         """Forget all translations: pages have moved, changed sides or rights."""

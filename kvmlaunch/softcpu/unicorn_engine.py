@@ -253,9 +253,9 @@ class UnicornEngine:
             self.flush_tlb()
             self._fill, self._exact = running, True
 
-    def intercept_msrs(self, every: bool) -> None:
-        """Stop at each RDMSR and WRMSR, or leave some MSRs to the guest."""
-        set_msr_intercepts(self._control, every=every)
+    def intercept_msrs(self) -> None:
+        """Stop at each RDMSR and WRMSR: leave no MSR to the guest."""
+        set_msr_intercepts(self._control, every=True)
 
     def _remove_blocks(self, linear: int, size: int) -> None:
         end = ctypes.c_uint64(linear + size)

@@ -93,7 +93,8 @@ class ClientMemory:
         """Bring changes of either side to the other."""
         with self._lock:
             copies = self._copies.get(self.mm)
-            if copies is None:
+            # Once the caller is gone, its number may be another program's, as after an exec.
+            if copies is None or not self._clients.still_waits():
                 return False
             copies.calls = self._clients.calls
             return copies.merge(self.caller.tid, self._pages)
@@ -108,6 +109,8 @@ class ClientMemory:
 
     def _sync_range(self, address: int, size: int) -> None:
         """The same for the copies of a range. Raises OSError(EFAULT) where there is none now."""
+        if not self._clients.still_waits():
+            refuse(errno.EFAULT)  # as above; nobody gets to see it
         with self._lock:
             copies = self._copies.get(self.mm)
             if copies is not None and not copies.merge_range(self.caller.tid, address, size):

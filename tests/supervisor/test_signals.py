@@ -33,6 +33,12 @@ def test_kvm_run_ends_as_the_kernels_when_signals_come(client: Client, what: str
     assert client("signals", what) == WELL
 
 
+def test_memory_is_the_next_programs_when_one_is_executed_while_the_guest_runs(
+    client: Client,
+) -> None:
+    assert client("signals", "leaves-memory") == WELL
+
+
 @pytest.mark.parametrize("who", ["leaves", "leaves-first"])
 @pytest.mark.parametrize(
     ("how", "code"), [("exit", 6), ("exec", 6), ("kill", KILLED), ("fault", FAULTED)]

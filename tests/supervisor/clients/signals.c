@@ -282,10 +282,55 @@ static void leaves_first(char **arguments)
 	exit(6);
 }
 
+/* The next program's memory is its own, also where the guest had some of the last one's. */
+static volatile uint32_t shared[PAGE / 4] __attribute__((aligned(PAGE)));
+
+static void *exec_when_it_counts(void *unused)
+{
+	wait_until_it_runs(machine.run);
+	while (!shared[0])
+		;
+	execl("/proc/self/exe", "signals", "untouched", NULL);
+	return NULL;
+}
+
+static void leaves_memory(char **arguments)
+{
+	static const char count[] = "\x66\xff\x06\x00\x00" /* incl 0 */
+				    "\xeb\xf9"; /* jmp to it */
+	struct kvm_userspace_memory_region region = {
+		.slot = 1,
+		.guest_phys_addr = RAM_PAGES * PAGE,
+		.memory_size = PAGE,
+		.userspace_addr = (uintptr_t)shared,
+	};
+	struct kvm_sregs sregs;
+	pthread_t thread;
+
+	machine = new_machine(count, sizeof(count) - 1);
+	CHECK(!ioctl(machine.vm, KVM_SET_USER_MEMORY_REGION, &region));
+	CHECK(!ioctl(machine.vcpu, KVM_GET_SREGS, &sregs));
+	sregs.ds.base = RAM_PAGES * PAGE;
+	CHECK(!ioctl(machine.vcpu, KVM_SET_SREGS, &sregs));
+	machine.run->exit_reason = NOT_YET;
+	CHECK(!pthread_create(&thread, NULL, exec_when_it_counts, NULL));
+	ioctl(machine.vcpu, KVM_RUN, 0);
+	CHECK(!"back");
+}
+
+static void untouched(char **arguments)
+{
+	const struct timespec moment = { 0, 100000000 };
+
+	nanosleep(&moment, NULL);
+	CHECK(!shared[0]);
+}
+
 const struct command commands[] = {
 	{ "interrupted", interrupted }, { "timer", timer }, { "ignored", ignored },
 	{ "immediate", immediate }, { "masked", masked }, { "once", once },
 	{ "stopped", stopped }, { "stopped-alone", stopped_alone },
 	{ "all-stopped", all_stopped }, { "leaves", leaves },
-	{ "leaves-first", leaves_first }, { "six", six }, { NULL, NULL },
+	{ "leaves-first", leaves_first }, { "six", six }, { "leaves-memory", leaves_memory },
+	{ "untouched", untouched }, { NULL, NULL },
 };

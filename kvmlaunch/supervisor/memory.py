@@ -204,6 +204,7 @@ class _Copies:
             self._table = larger
         copy = self._table[at]
         copy.there, copy.here, copy.base = address, pages.take(), pages.take()
+        copy.lost = 0  # another one may have been here
         for place in (copy.here, copy.base):
             ffi.memmove(ffi.cast("char *", place), content, PAGE_SIZE)
         self._at[address] = at

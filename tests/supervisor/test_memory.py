@@ -117,9 +117,13 @@ class OneClient:
         thread = SimpleNamespace(tid=os.getpid(), space=SimpleNamespace(number=1))
         self.call = SimpleNamespace(thread=thread, read=peek)
         self.alive = [thread.space]
+        self.calls = 0
 
     def spaces(self) -> list[SimpleNamespace]:
         return self.alive
+
+    def still_waits(self) -> bool:
+        return True
 
 
 def test_copies_are_dropped_when_their_process_has_ended() -> None:
@@ -134,3 +138,15 @@ def test_copies_are_dropped_when_their_process_has_ended() -> None:
     memory.forget_dead()
     page[0] = 0x5A
     assert peek(memory.pin(address), 1) == b"\x5a"
+
+
+def test_a_copy_is_a_good_one_when_it_has_the_place_of_a_lost_one() -> None:
+    memory = ClientMemory(cast(Clients, OneClient()))
+    gone, page = mmap.mmap(-1, PAGE), mmap.mmap(-1, PAGE)
+    memory.pin(address_of(ffi.from_buffer(gone)))
+    gone.close()
+    assert memory.sync()  # it is lost
+    address = address_of(ffi.from_buffer(page))
+    memory.pin(address)
+    page[0] = 0x5A
+    assert memory.read(address, 1) == b"\x5a"

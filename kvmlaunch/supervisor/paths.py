@@ -43,8 +43,8 @@ def _absolute(call: Call) -> str | None:
             path = os.path.join(os.readlink(f"/proc/{call.thread.tid}/{_start(call)}"), path)
         except OSError:
             return None
-    # A file that is no folder has nothing below it.
-    return None if path.endswith("/") else os.path.normpath(path)
+    # A file that is no folder has nothing below it. Two slashes at the start mean no more than one.
+    return None if path.endswith("/") else os.path.normpath("/" + path.lstrip("/"))
 
 
 def _start(call: Call) -> str:

@@ -142,6 +142,7 @@ static void opened(char **arguments)
 	CHECK(ioctl(open2(directory, "kvm", O_RDWR, size), KVM_GET_API_VERSION, 0) == 12);
 	CHECK(ioctl(openat(-5, "/dev//./kvm", O_RDWR), KVM_GET_API_VERSION, 0) == 12);
 	CHECK(ioctl((int)syscall(SYS_open, "/dev/../dev/kvm", O_RDWR), KVM_GET_API_VERSION, 0) == 12);
+	CHECK(open("//dev/sev", O_RDWR) >= 0);
 	CHECK(fcntl(open2(directory, "kvm", O_RDWR | O_CLOEXEC, size), F_GETFD) == FD_CLOEXEC);
 	CHECK(fcntl(open2(directory, "kvm", O_RDWR, size), F_GETFD) == 0);
 	FAILS(open2(directory, "kvm", O_RDWR, size - 1), EINVAL);

@@ -194,7 +194,9 @@ static void let_go(int to, struct kl_spawned *spawned, int traced)
 
 	if (traced)
 		done = kl_trace(spawned->pid);
-	if (done.ret < 0 || write(to, "", 1) != 1) {
+	if (done.ret >= 0)
+		done = result(write(to, "", 1));
+	if (done.ret < 0) {
 		spawned->stage = KL_SPAWN_TRACE;
 		spawned->err = done.err;
 	}
@@ -228,13 +230,21 @@ struct kl_spawned kl_spawn(const char *file, char *const argv[], char *const env
 			let_go(ends[0], &spawned, traced);
 	}
 	close(ends[0]);
-	if (spawned.stage && spawned.pid > 0)
-		waitpid(spawned.pid, NULL, 0);
-	if (spawned.listener >= 0) {
+	if (!spawned.stage && spawned.listener < 0) {
+		/* It was killed before it could tell. */
+		spawned.stage = KL_SPAWN_FORK;
+		spawned.err = ECHILD;
+	}
+	if (!spawned.stage) {
 		/* Refused before Linux 6.6: it is only faster. */
 		ioctl(spawned.listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS,
 		      SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
+		return spawned;
 	}
+	if (spawned.listener >= 0)
+		close(spawned.listener);
+	while (spawned.pid > 0 && waitpid(spawned.pid, NULL, 0) < 0 && errno == EINTR)
+		;
 	return spawned;
 }
 

@@ -41,6 +41,7 @@ class ClientFds(FdTable):
     """Descriptor of a client -> the simulated kernel's file.
 
     ``kernel`` is what /proc shows of a file beside its kind: what is simulated.
+    Raises OSError where this process can have no descriptor more, or no inotify instance.
     """
 
     def __init__(self, clients: Clients, kernel: str) -> None:
@@ -51,15 +52,15 @@ class ClientFds(FdTable):
         self._by_watch: dict[int, _StandIn] = {}
         self._opens: dict[int, int] = {}
         self._lock = threading.RLock()
+        probe = new_memfd("probe", 0)
+        self.device = os.fstat(probe).st_dev
+        os.close(probe)
         created = lib.kl_watch_new()
         if created.ret < 0:
             # Far from a limit of this process, it is that of its user's.
             why = os.strerror(created.err)
             raise KvmLaunchError(f"inotify_init: {why} (fs.inotify.max_user_instances?)")
         self.watch = int(created.ret)
-        probe = new_memfd("probe", 0)
-        self.device = os.fstat(probe).st_dev
-        os.close(probe)
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._by_inode))

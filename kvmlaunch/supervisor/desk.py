@@ -41,7 +41,7 @@ class Desk:
 
     One thread takes what comes and answers it at once. A call that may take long, as KVM_RUN
     does, holds up nobody but its caller: before it, another thread takes over. ``watcher`` is
-    told each call and its result before the client gets it.
+    told each call and its result before the client gets it, one at a time.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Desk:
         self._trap = ffi.new("struct kl_trap *", [clients.listener, fds.watch, fds.device])
         self._changed = threading.Condition()
         self._releasing = threading.Lock()
+        self._telling = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self._parked = 0
         self._is_taken = False
@@ -207,12 +208,13 @@ class Desk:
 
     def _tell(self, call: uapi.Call) -> None:
         """Tell the watcher of a call, until it fails, which is no matter of the client's."""
-        try:
-            if self._watcher is not None:
-                self._watcher(call)
-        except Exception as error:
-            self._watcher = None
-            self.failures.append(error)
+        with self._telling:
+            try:
+                if self._watcher is not None:
+                    self._watcher(call)
+            except Exception as error:
+                self._watcher = None
+                self.failures.append(error)
 
     def _result(self, call: Call) -> Result | None:
         """What a call gives; None where this machine's kernel has to answer."""

@@ -72,7 +72,13 @@ class Supervisor:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         clients = Clients(listener)
-        fds = ClientFds(clients, self._spec.kernel().name)
+        try:
+            fds = ClientFds(clients, self._spec.kernel().name)
+        except OSError as error:
+            os.kill(pid, signal.SIGKILL)
+            _wait(pid, table)
+            clients.close()
+            raise KvmLaunchError(f"{command[0]} can't be watched: {error.strerror}") from None
         platform = SimPlatform(
             self._spec.kernel(),
             product=self._spec.product,

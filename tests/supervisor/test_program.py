@@ -215,6 +215,42 @@ def test_nothing_is_left_when_a_program_ends_with_all_its_files_open(clients: Pa
     assert run([sys.executable, "-c", LEFT, str(clients / "running"), "two"]) == WELL
 
 
+NOT_STARTED = """
+import errno, os, sys
+import psutil
+from kvmlaunch.errors import KvmLaunchError
+from kvmlaunch.sim.spec import parse_spec
+from kvmlaunch.supervisor import Supervisor, descriptors
+
+def fail(program):
+    try:
+        Supervisor(parse_spec("6.12")).run([program])
+    except KvmLaunchError as error:
+        print(error)
+    return os.listdir("/proc/self/fd"), psutil.Process().children()
+
+def none_more(name, size):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+before = fail(sys.argv[1])
+assert fail(sys.argv[1]) == before, before
+descriptors.new_memfd = none_more
+assert fail("true") == before
+"""
+
+
+def test_nothing_is_left_when_a_program_cannot_start_or_be_watched(tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage"
+    garbage.write_text("nothing\n")
+    garbage.chmod(0o700)
+    ran = run([sys.executable, "-c", NOT_STARTED, str(garbage)])
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines() == [
+        *[f"{garbage} can't be started: Exec format error"] * 2,
+        "true can't be watched: Too many open files",
+    ]
+
+
 BUG = """
 import sys
 from kvmlaunch.cli import main
@@ -233,6 +269,43 @@ for _ in range(2000):
     assert fcntl.ioctl(kvm, 0xAE00, 0) == 12
 print("all is well")
 """
+AT_ONCE = """
+import sys, threading, time
+from kvmlaunch.sim.spec import parse_spec
+from kvmlaunch.supervisor import Supervisor
+
+alone = threading.Lock()
+calls = []
+
+def on_call(tid, call):
+    assert alone.acquire(blocking=False)
+    time.sleep(0.001)
+    calls.append(call.name)
+    alone.release()
+
+assert not Supervisor(parse_spec("6.12"), on_call=on_call).run(sys.argv[1:])
+assert calls.count("KVM_GET_API_VERSION") == 400
+"""
+FROM_THREADS = """
+import fcntl, threading
+kvm = open("/dev/kvm")
+
+def ask():
+    for _ in range(100):
+        assert fcntl.ioctl(kvm, 0xAE00, 0) == 12
+
+threads = [threading.Thread(target=ask) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_calls_are_told_one_by_one_when_threads_call_at_once() -> None:
+    # A log's lines would be lost, or there twice.
+    program = (sys.executable, "-c", FROM_THREADS)
+    assert run([sys.executable, "-c", AT_ONCE, *program]) == WELL
 
 
 def test_the_program_is_not_bothered_when_its_log_cannot_be_written() -> None:

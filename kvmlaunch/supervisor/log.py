@@ -13,6 +13,8 @@ from kvmlaunch.uapi import Call, MeasuredPage, lib
 
 __all__ = ["LaunchLog"]
 
+_START, _UPDATE, _FINISH = (f"KVM_SEV_SNP_LAUNCH_{step}" for step in ("START", "UPDATE", "FINISH"))
+
 
 @dataclass
 class _Launch:
@@ -39,16 +41,21 @@ class LaunchLog:
 
     def note(self, call: Call) -> None:
         """A call that has been answered. Raises LogError."""
-        if call.name == "KVM_SEV_SNP_LAUNCH_START" and not call.ret:
-            self._start(call)
-        elif call.name in ("KVM_SEV_SNP_LAUNCH_UPDATE", "KVM_SEV_SNP_LAUNCH_FINISH"):
+        if call.name not in (_START, _UPDATE, _FINISH):
+            return
+        try:
             context = self._platform.launch_context(call.fd)
-            if context is not None:
-                self._new_pages(call, self._launches[context])
+        except OSError:
+            return  # it isn't a VM, or is closed by now
+        if context is None:
+            return
+        if call.name != _START:
+            self._new_pages(call, self._launches[context])
+        elif not call.ret or context not in self._launches:
+            # EFAULT may mean that the firmware has started, and the client can't be told.
+            self._start(call, context)
 
-    def _start(self, call: Call) -> None:
-        context = self._platform.launch_context(call.fd)
-        assert context is not None
+    def _start(self, call: Call, context: int) -> None:
         launch = self._launches[context] = _Launch(self._started)
         self._started += 1
         self._log.start(
@@ -60,7 +67,7 @@ class LaunchLog:
         )
 
     def _new_pages(self, call: Call, launch: _Launch) -> None:
-        finish = call.name == "KVM_SEV_SNP_LAUNCH_FINISH"
+        finish = call.name == _FINISH
         pages = self._platform.measured_pages(call.fd, launch.pages)
         for number, page in enumerate(pages):
             origin = "kvm-sync" if finish else _origin(call.sent["data"], number)

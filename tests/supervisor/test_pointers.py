@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.cli.command import events
 from tests.supervisor.rig import WELL, Ran
 
 Client = Callable[..., Ran]
@@ -22,3 +24,11 @@ Client = Callable[..., Ran]
 )
 def test_calls_fail_as_the_kernels_when_pointers_are_wild(client: Client, what: str) -> None:
     assert client("faults", what) == WELL
+
+
+def test_a_launch_is_in_the_log_when_its_client_could_not_be_told_that_it_began(
+    client: Client, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    assert client("faults", "untold", options=("--log", str(log))) == WELL
+    assert [event["event"] for event in events(log)] == ["header", "finish"]

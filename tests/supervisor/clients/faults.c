@@ -159,7 +159,24 @@ static void numbers(char **arguments)
 	CHECK(!sev_command(vm, KVM_SEV_SNP_LAUNCH_START, &start, sev));
 }
 
+/* The firmware starts, but its caller isn't told: the command can't be written. */
+static void untold(char **arguments)
+{
+	struct kvm_sev_snp_launch_start start = { .policy = 0x30000 };
+	struct kvm_sev_snp_launch_finish finish = { 0 };
+	int kvm = open_kvm(), vm = new_snp_vm(kvm), sev = open("/dev/sev", O_RDWR);
+	struct kvm_sev_cmd *command = pages(1);
+
+	CHECK(sev >= 0);
+	*command = (struct kvm_sev_cmd){ KVM_SEV_SNP_LAUNCH_START, .data = (uintptr_t)&start,
+					 .sev_fd = sev };
+	CHECK(!mprotect(command, PAGE, PROT_READ));
+	FAILS(ioctl(vm, KVM_MEMORY_ENCRYPT_OP, command), EFAULT);
+	FAILS(sev_command(kvm, KVM_SEV_SNP_LAUNCH_FINISH, &finish, sev), EINVAL);
+	CHECK(!sev_command(vm, KVM_SEV_SNP_LAUNCH_FINISH, &finish, sev));
+}
+
 const struct command commands[] = {
 	{ "structs", structs }, { "lists", lists }, { "nested", nested },
-	{ "numbers", numbers }, { NULL, NULL },
+	{ "numbers", numbers }, { "untold", untold }, { NULL, NULL },
 };

@@ -22,4 +22,12 @@
 #include "native.h"
 #include "supervise.h"
 
+/* What a system call returned, and its errno. */
+static inline struct kl_result result(int64_t ret)
+{
+	struct kl_result r = { ret, ret == -1 ? errno : 0 };
+
+	return r;
+}
+
 #endif

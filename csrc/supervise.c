@@ -27,13 +27,6 @@
 
 enum { PAGE = 4096 };
 
-static struct kl_result result(int64_t ret)
-{
-	struct kl_result r = { ret, ret == -1 ? errno : 0 };
-
-	return r;
-}
-
 #ifdef __x86_64__
 
 /* Offsets into struct seccomp_data: the low words of arguments on a little-endian machine. */
@@ -281,12 +274,8 @@ struct kl_result kl_fix_size(int memfd)
 	return result(fcntl(memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL));
 }
 
-struct kl_result kl_peek_at(int tid, uint64_t addr, void *to, uint64_t length)
+static struct kl_result whole(ssize_t moved, uint64_t length)
 {
-	struct iovec local = { to, length };
-	struct iovec remote = { (void *)(uintptr_t)addr, length };
-	ssize_t moved = process_vm_readv(tid, &local, 1, &remote, 1, 0);
-
 	if (moved >= 0 && (uint64_t)moved != length) {
 		errno = EFAULT;
 		moved = -1;
@@ -294,17 +283,20 @@ struct kl_result kl_peek_at(int tid, uint64_t addr, void *to, uint64_t length)
 	return result(moved);
 }
 
+struct kl_result kl_peek_at(int tid, uint64_t addr, void *to, uint64_t length)
+{
+	struct iovec local = { to, length };
+	struct iovec remote = { (void *)(uintptr_t)addr, length };
+
+	return whole(process_vm_readv(tid, &local, 1, &remote, 1, 0), length);
+}
+
 struct kl_result kl_poke_at(int tid, uint64_t addr, const void *from, uint64_t length)
 {
 	struct iovec local = { (void *)(uintptr_t)from, length };
 	struct iovec remote = { (void *)(uintptr_t)addr, length };
-	ssize_t moved = process_vm_writev(tid, &local, 1, &remote, 1, 0);
 
-	if (moved >= 0 && (uint64_t)moved != length) {
-		errno = EFAULT;
-		moved = -1;
-	}
-	return result(moved);
+	return whole(process_vm_writev(tid, &local, 1, &remote, 1, 0), length);
 }
 
 struct kl_result kl_memfd_inode(uint64_t device, int tid, int fd)

@@ -5,18 +5,10 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "kvmlaunch.h"
 #include "uapi_asserts.h"
-
-static struct kl_result result(int64_t ret)
-{
-	struct kl_result r = { ret, ret == -1 ? errno : 0 };
-
-	return r;
-}
 
 struct kl_result kl_open(const char *path, int flags)
 {
@@ -54,29 +46,14 @@ struct kl_result kl_discard(uint64_t addr, uint64_t length)
 	return result(madvise((void *)(uintptr_t)addr, length, MADV_DONTNEED));
 }
 
-static struct kl_result whole(ssize_t moved, uint64_t length)
-{
-	if (moved >= 0 && (uint64_t)moved != length) {
-		errno = EFAULT;
-		moved = -1;
-	}
-	return result(moved);
-}
-
 struct kl_result kl_peek(uint64_t addr, void *to, uint64_t length)
 {
-	struct iovec local = { to, length };
-	struct iovec remote = { (void *)(uintptr_t)addr, length };
-
-	return whole(process_vm_readv(getpid(), &local, 1, &remote, 1, 0), length);
+	return kl_peek_at(getpid(), addr, to, length);
 }
 
 struct kl_result kl_poke(uint64_t addr, const void *from, uint64_t length)
 {
-	struct iovec local = { (void *)(uintptr_t)from, length };
-	struct iovec remote = { (void *)(uintptr_t)addr, length };
-
-	return whole(process_vm_writev(getpid(), &local, 1, &remote, 1, 0), length);
+	return kl_poke_at(getpid(), addr, from, length);
 }
 
 /*

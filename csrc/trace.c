@@ -21,13 +21,6 @@ enum { SYSCALL_INSTRUCTION = 0x050f, INT80_INSTRUCTION = 0x80cd, CPUID_INSTRUCTI
 
 enum { LENGTH = 2, SYSCALL_STOP = SIGTRAP | 0x80 };
 
-static struct kl_result result(int64_t ret)
-{
-	struct kl_result r = { ret, ret == -1 ? errno : 0 };
-
-	return r;
-}
-
 void kl_native_cpuid(uint32_t function, uint32_t index, uint32_t *registers)
 {
 	__cpuid_count(function, index, registers[0], registers[1], registers[2], registers[3]);

@@ -22,8 +22,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="run an unmodified program on the simulated host",
         usage="kvmlaunch sim [options] -- COMMAND ...",
         description="Run a program whose /dev/kvm and /dev/sev are the simulated host's. All "
-        "else it does goes to this machine's kernel. The exit code is the program's, or 128 "
-        "and the signal that ended it.",
+        "else it does goes to this machine's kernel: Linux 5.19 or newer on x86-64, with or "
+        "without KVM and root's rights. The exit code is the program's, or 128 and the signal "
+        "that ended it; processes that it leaves behind are waited for. kvmlaunch -v sim says "
+        "which calls failed, and with what errno.",
     )
     parser.add_argument(
         "--sim",
@@ -41,7 +43,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--log", metavar="FILE", help="write the page log of its launches")
     parser.add_argument("--ioctls", action="store_true", help="put every call into the log, too")
-    parser.add_argument("program", metavar="COMMAND", nargs=argparse.REMAINDER)
+    parser.add_argument(
+        "program", metavar="COMMAND", nargs=argparse.REMAINDER, help="a program and its arguments"
+    )
     parser.set_defaults(command=_sim)
 
 

@@ -202,7 +202,7 @@ class SimPlatform:
     def measured_pages(self, vm_fd: int, first: int = 0) -> list[MeasuredPage]:
         """The pages that firmware has measured of this VM from number ``first`` on, in order.
 
-        None before SNP_LAUNCH_START.
+        There are none before SNP_LAUNCH_START.
         """
         with self._lock:
             context = self._vm_file(vm_fd).vm.sev.context

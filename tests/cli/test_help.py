@@ -36,6 +36,7 @@ OPTIONS = {
     ],
     "verify": [*IMAGE_OPTIONS, "--policy", "--log", "--platform", "--sim", "--id-key", "--json"],
     "bisect": [*IMAGE_OPTIONS, "--policy", "--log", "--platform", "--sim", "--id-key", "--json"],
+    "sim": ["--sim", "--fault", "--log", "--ioctls"],
 }
 EXIT_CODES = {"0", "1", "2", "4", "124", "130"}
 

@@ -3,6 +3,7 @@
 A CPU needs pages at an address of this process, where a client's anonymous memory can't be
 mapped. So it works on copies: what either side changed is brought to the other when a vCPU
 enters and leaves KVM_RUN, and between when the client has called or some time has passed.
+A client that doesn't wait for either, but polls, may see what a guest wrote in another order.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ __all__ = ["ClientMemory", "new_memfd"]
 _CHUNK_PAGES = 512
 _RESERVED = 128
 _MERGE_SECONDS = 0.005
+_MOST_PASSES = 3
+"""A client that writes all the time would have it go on for ever."""
 _REST = 9
 """How long a running guest is left alone after a merge, as a multiple of what that took."""
 
@@ -211,16 +214,22 @@ class _Copies:
         return int(copy.here)
 
     def merge(self, tid: int, pages: _Pages) -> bool:
+        """All of them; again where one was changed, for what was written before that elsewhere."""
         count, start = len(self._at), time.monotonic()
-        merged = lib.kl_merge(tid, self._table, count)
+        changed, self._changed, lost = self._changed, False, False
+        for _ in range(_MOST_PASSES):
+            merged = lib.kl_merge(tid, self._table, count)
+            lost |= bool(merged.lost)
+            if not merged.changed:
+                break
+            changed = True
         now = time.monotonic()
         self.next_merge = now + max(_MERGE_SECONDS, _REST * (now - start))
-        changed, self._changed = self._changed, False
-        if merged.lost:
+        if lost:
             for at in reversed(range(count)):
                 if self._table[at].lost:
                     self._remove(at, pages)
-        return bool(merged.changed or merged.lost or changed)
+        return changed or lost
 
     def merge_range(self, tid: int, address: int, size: int) -> bool:
         """Those of a range. False where one was lost; a CPU may use it until all are merged."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -150,3 +152,31 @@ def test_a_copy_is_a_good_one_when_it_has_the_place_of_a_lost_one() -> None:
     memory.pin(address)
     page[0] = 0x5A
     assert memory.read(address, 1) == b"\x5a"
+
+
+def test_what_was_written_before_is_there_when_a_later_write_is_seen() -> None:
+    """As data and then an index, by a thread that goes on while the copies are merged."""
+    memory = ClientMemory(cast(Clients, OneClient()))
+    pages = mmap.mmap(-1, 128 * PAGE)
+    first = address_of(ffi.from_buffer(pages))
+    copies = [memory.pin(address) for address in range(first, first + len(pages), PAGE)]
+    data, index = (ffi.cast("uint64_t *", copies[at]) for at in (0, -1))
+    written, end = memoryview(pages).cast("Q"), threading.Event()
+
+    def write() -> None:
+        for number in itertools.count(1):
+            written[0] = number
+            written[-PAGE // 8] = number
+            if end.wait(0.01):
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(1000):
+            memory.sync()
+            assert data[0] >= index[0]
+    finally:
+        end.set()
+        writer.join()
+    assert index[0]

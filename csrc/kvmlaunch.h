@@ -13,6 +13,12 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
+/* Calls that newer architectures lack. */
+#ifndef SYS_open
+#define SYS_open (-1)
+#define SYS_access (-2)
+#endif
+
 #include "uapi_kvm.h"
 #pragma pack(push, 1)
 #include "uapi_sev.h"

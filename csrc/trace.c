@@ -4,15 +4,16 @@
  * task is traced for that one fault: a program shall find the CPU of the simulated host.
  */
 #define _GNU_SOURCE
+#include "kvmlaunch.h"
+
+#ifdef __x86_64__
+
 #include <cpuid.h>
 #include <signal.h>
 #include <sys/ptrace.h>
-#include <sys/syscall.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include "kvmlaunch.h"
 
 /* Linux, arch/x86/include/asm/segment.h and entry/syscalls/syscall_32.tbl. */
 enum { USER32_CS = 0x23, NR32_ARCH_PRCTL = 384 };
@@ -206,3 +207,29 @@ struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, uint64_t 
 			return result(*signal < 0 ? -1 : 0);
 	}
 }
+
+#else /* programs are supervised on x86-64 only */
+
+void kl_native_cpuid(uint32_t function, uint32_t index, uint32_t *registers)
+{
+}
+
+int kl_can_trap_cpuid(void)
+{
+	return 0;
+}
+
+struct kl_result kl_trace(int pid)
+{
+	errno = ENOSYS;
+	return result(-1);
+}
+
+struct kl_result kl_wait(const struct kl_cpuid *table, uint32_t count, uint64_t mask,
+			 int *status, int *signal)
+{
+	errno = ENOSYS;
+	return result(-1);
+}
+
+#endif

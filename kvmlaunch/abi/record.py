@@ -24,7 +24,8 @@ class _Fields:
         import dataclasses
 
         def field(name: str) -> Any:
-            options = {"repr": name not in kind._unshown}
+            named = name not in kind.__match_args__
+            options: dict[str, Any] = {"repr": name not in kind._unshown, "kw_only": named}
             if name in kind._defaults:
                 # As a factory, since a default may be one that dataclasses refuse as mutable.
                 options["default_factory"] = lambda: kind._defaults[name]
@@ -32,10 +33,14 @@ class _Fields:
                 options["hash"] = False
             return dataclasses.field(**options)
 
-        fields = [(name, type_, field(name)) for name, type_ in kind.__annotations__.items()]
-        made = dataclasses.make_dataclass(kind.__name__, fields, frozen=True, kw_only=True)
+        fields = [(name, type_, field(name)) for name, type_ in kind._types.items()]
+        made = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
+        kind.__dataclass_params__ = made.__dataclass_params__
         kind.__dataclass_fields__ = made.__dataclass_fields__
         return kind.__dataclass_fields__
+
+
+_FIELDS = _Fields()
 
 
 class Record:
@@ -43,9 +48,14 @@ class Record:
 
     ``kw_only``: fields are given by name. ``unshown``: fields that `repr` leaves out;
     ``unhashed``: those that don't enter the hash. ``__post_init__`` may refuse values.
+    A class derived from a record has that one's fields, and its own behind them.
     """
 
-    __dataclass_fields__ = _Fields()
+    __match_args__: tuple[str, ...] = ()
+    _types: Mapping[str, Any] = {}
+    _defaults: Mapping[str, Any] = {}
+    _unshown: tuple[str, ...] = ()
+    _unhashed: tuple[str, ...] = ()
 
     def __init_subclass__(
         cls,
@@ -54,23 +64,27 @@ class Record:
         unshown: tuple[str, ...] = (),
         unhashed: tuple[str, ...] = (),
     ) -> None:
-        cls._names = tuple(cls.__annotations__)
-        cls._known = frozenset(cls._names)
-        cls._defaults = {name: vars(cls)[name] for name in cls._names if name in vars(cls)}
-        cls._positional = () if kw_only else cls._names
-        cls._unshown, cls._unhashed = unshown, unhashed
+        own = cls.__annotations__
+        if not kw_only:
+            cls.__match_args__ += tuple(name for name in own if name not in cls._types)
+        cls._types = {**cls._types, **own}
+        given = {name: vars(cls)[name] for name in own if name in vars(cls)}
+        cls._defaults = {**cls._defaults, **given}
+        cls._unshown, cls._unhashed = cls._unshown + unshown, cls._unhashed + unhashed
+        # Not Record's, which is no dataclass, nor that of the class this one is derived from.
+        cls.__dataclass_fields__ = _FIELDS
 
     @classmethod
     def set_defaults(cls, defaults: Mapping[str, Any]) -> None:
         """Replace default values, where the class has something else in their place."""
         for name, value in defaults.items():
             setattr(cls, name, value)
-        cls._defaults |= defaults
+        cls._defaults = {**cls._defaults, **defaults}
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        given = {**dict(zip(self._positional, values, strict=False)), **named}
+        given = {**dict(zip(self.__match_args__, values, strict=False)), **named}
         fields = {**self._defaults, **given}
-        if fields.keys() != self._known or len(given) < len(values) + len(named):
+        if fields.keys() != self._types.keys() or len(given) < len(values) + len(named):
             raise TypeError(_misfit(self, fields))
         vars(self).update(fields)
         self.__post_init__()
@@ -82,15 +96,19 @@ class Record:
         """A copy with other values in the named fields."""
         return type(self)(**{**vars(self), **changes})
 
+    def __replace__(self, **changes: Any) -> Record:
+        """What Python 3.13's copy.replace() calls."""
+        return self.replace(**changes)
+
     def __eq__(self, other: object) -> bool:
         return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
-        hashed = (name for name in self._names if name not in self._unhashed)
+        hashed = (name for name in self._types if name not in self._unhashed)
         return hash(tuple(getattr(self, name) for name in hashed))
 
     def __repr__(self) -> str:
-        shown = (name for name in self._names if name not in self._unshown)
+        shown = (name for name in self._types if name not in self._unshown)
         fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
         return f"{type(self).__qualname__}({fields})"
 
@@ -106,8 +124,8 @@ class Record:
 def _misfit(record: Record, fields: dict[str, Any]) -> str:
     """What is wrong with the arguments of a record's constructor."""
     name = type(record).__name__
-    if unknown := sorted(fields.keys() - record._known):
+    if unknown := sorted(fields.keys() - record._types.keys()):
         return f"{name} has no field {', '.join(unknown)}"
-    if missing := [field for field in record._names if field not in fields]:
+    if missing := [field for field in record._types if field not in fields]:
         return f"{name} needs a value for {', '.join(missing)}"
-    return f"{name} takes {len(record._positional)} values without a name, and each field once"
+    return f"{name} takes {len(record.__match_args__)} values without a name, and each field once"

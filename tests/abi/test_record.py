@@ -43,6 +43,17 @@ class Named(Record, kw_only=True):
     b: int = 2
 
 
+class OursMore(Ours, kw_only=True, unshown=("more",)):
+    more: int = 0
+    a: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TheirsMore(Theirs):
+    more: int = dataclasses.field(default=0, repr=False, kw_only=True)
+    a: int
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -114,6 +125,8 @@ def test_record_when_copied_is_equal() -> None:
     assert record.replace(b="c") == Ours(1, "c", extra={})
     assert copy.deepcopy(record) == copy.copy(record) == record
     assert pickle.loads(pickle.dumps(record)) == record
+    # What copy.replace() of Python 3.13 calls.
+    assert Ours(1).__replace__(b="c") == Ours(1, "c")
 
 
 def test_record_when_dataclasses_ask_is_a_dataclass() -> None:
@@ -121,10 +134,52 @@ def test_record_when_dataclasses_ask_is_a_dataclass() -> None:
     assert dataclasses.replace(Ours(1), b="c") == Ours(1, "c")
     assert dataclasses.asdict(Ours(1, extra={})) == dataclasses.asdict(Theirs(1, extra={}))
     for ours, theirs in zip(dataclasses.fields(Ours), dataclasses.fields(Theirs), strict=True):
-        assert (ours.name, ours.type, ours.repr, ours.hash, ours.init) == (
-            *(theirs.name, theirs.type, theirs.repr, theirs.hash, theirs.init),
+        assert (ours.name, ours.type, ours.repr, ours.hash, ours.init, ours.kw_only) == (
+            *(theirs.name, theirs.type, theirs.repr, theirs.hash, theirs.init, theirs.kw_only),
         )
     assert [f.name for f in dataclasses.fields(Named())] == ["a", "b"]
+
+
+def test_record_when_matched_gives_its_fields_in_their_order() -> None:
+    assert Ours.__match_args__ == Theirs.__match_args__  # type: ignore[attr-defined]
+    assert Named.__match_args__ == ()  # type: ignore[attr-defined]
+    match Ours(1, "x"):
+        case Ours(a, b):
+            assert (a, b) == (1, "x")
+        case _:
+            pytest.fail("no match")
+
+
+@pytest.mark.parametrize("named", [{}, {"more": 5, "extra": {2: 3}}])
+def test_record_when_derived_from_another_has_its_fields(named: Any) -> None:
+    ours, theirs = OursMore(1, "x", **named), TheirsMore(1, "x", **named)
+    assert vars(ours) == vars(theirs)
+    assert repr(ours).replace("Ours", "Theirs") == repr(theirs)
+    assert hash(ours) == hash(theirs)
+    assert OursMore.__match_args__ == TheirsMore.__match_args__  # type: ignore[attr-defined]
+    assert ours.replace(b="b") == OursMore(1, **named) != Ours(1)
+    with pytest.raises(ValueError, match=r"^a$"):
+        OursMore(-1)
+    with pytest.raises(TypeError, match=r"^OursMore takes 4 values without a name"):
+        OursMore(1, "x", b"", {}, 5)  # type: ignore[misc]
+    for kind in (Ours, OursMore):
+        assert {f.name for f in dataclasses.fields(kind)} == vars(kind(1)).keys()
+
+
+def test_record_when_a_dataclass_is_derived_from_it_stays_one() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mixed(Ours):
+        more: int = 0
+
+    mixed = Mixed(1, "x", more=5)
+    assert vars(mixed) == {**vars(Ours(1, "x")), "more": 5}
+    assert mixed.replace(more=6) == Mixed(1, "x", more=6) != mixed
+    with pytest.raises(ValueError, match=r"^a$"):
+        Mixed(-1)
+    with pytest.raises(TypeError, match="frozen"):
+        dataclasses.dataclass(type("Thawed", (Ours,), {}))
+    assert not dataclasses.is_dataclass(Record)
+    assert [f.name for f in dataclasses.fields(Ours)] == ["a", "b", "hidden", "extra"]
 
 
 def test_record_when_made_imports_no_dataclasses() -> None:

@@ -28,12 +28,23 @@ exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's, without a bug of older Pythons: the value in ``--option=--`` is [] to them."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        if not action.option_strings or action.nargs is not None or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")
+        self._check_value(action, value)
+        return value
+
+
 def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of ``argv``, with all commands or the one that it names.
 
     A command's module imports what it needs, so that others are better left alone.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kvmlaunch",
         description="Launch, measure, debug and test AMD SEV-SNP guests on Linux/KVM.",
         epilog=_EPILOG,

@@ -399,6 +399,9 @@ def test_bad_input_makes_no_log(cli: Cli, halt: Path, tmp_path: Path, command: s
         (("--memory", "much"), "'much' is not a size, as 512M or 2G"),
         (("--memory", "-1"), "'-1' is not a size, as 512M or 2G"),
         (("--image-type", "pe"), "invalid choice: 'pe'"),
+        # Older Pythons' argparse makes [] of it.
+        (("--image-type=--",), "invalid choice: '--'"),
+        (("--vcpus=--",), "'--' is not a number"),
         (("--vmsa-mode", "none"), "invalid choice: 'none'"),
         (("--output-format", "octal"), "--output-format"),
         (("--no-such-option",), "unrecognized arguments: --no-such-option"),
@@ -410,6 +413,13 @@ def test_option_that_cannot_be_read_is_a_usage_error(
     done = cli("measure", *options, halt)
     assert (done.code, done.out) == (2, "")
     assert what in done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["measure", "run", "inspect"])
+def test_file_named_by_two_dashes_is_a_file(cli: Cli, command: str) -> None:
+    done = cli("-v", command, "--ovmf=--")
+    assert done.code == 2
+    assert done.errors == ["kvmlaunch: --: can't be read: No such file or directory"]
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", "inf", "1e999"])

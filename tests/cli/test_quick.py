@@ -60,6 +60,10 @@ def test_option_when_given_alone_is_read_as_by_argparse(action: argparse.Action)
         value = word_of(action)
         lines = [[name, value] for name in action.option_strings]
         lines += [[f"{name}={value}"] for name in action.option_strings]
+        if action.type is None and action.choices is None:
+            lines += [
+                [f"{name}={odd}"] for name in action.option_strings for odd in ("--", "=", "-v")
+            ]
     for words in lines:
         assert quick(*words) == slow(*words) is not None
 
@@ -95,6 +99,7 @@ NAMES = sorted({name for action in actions() for name in action.option_strings})
 OTHERS = (
     *("image", "1", "0x10", "-1", "", "-", "--", "--vcpu", "--vcpus=2", "--log=-", "a b", "-vq"),
     *("--ovmf=", "--order=kvm", "snp", "hex", "sync", "512M", "--memory=x", "rip=1", "-v=1"),
+    *("=", "--append==", "--append=--", "--vcpus=--", "--order=--"),
     *("--append=--x", "--mode=sev", "--compat=sev-snp-measure", "--vars-file=a", "@file"),
 )
 WORDS = st.sampled_from(NAMES) | st.sampled_from(OTHERS)

@@ -27,6 +27,7 @@ GIB = 1 << 30
 MEASURE = """
 import resource, sys
 import kvmlaunch
+from kvmlaunch.launch.measure import record_batches
 from kvmlaunch.launch.pagelog import PageLog
 plan = kvmlaunch.load_image(sys.argv[1], kvmlaunch.PlanOptions(memory=1 << 30))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -34,9 +35,9 @@ digest, pages = kvmlaunch.measure(plan), 0
 if sys.argv[2:]:
     with PageLog(sys.argv[2]) as log:
         log.header(plan, platform="prediction", profile="", vmsa_mode="sync")
-        for record in kvmlaunch.page_records(plan):
-            log.record(record)
-            pages += 1
+        for batch in record_batches(plan):
+            log.records(batch)
+            pages += len(batch)
 print(digest, pages, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -132,34 +133,46 @@ def test_measure_when_a_large_image_comes_from_a_pipe_keeps_little_of_it() -> No
     assert int(out.split()[2]) < 20 << 10
 
 
-class TestRuns:
-    """PageRange.runs: the same bytes as page by page, in few buffers."""
+@st.composite
+def pages_of_steps(draw: st.DrawFn) -> tuple[PageRange, int, int]:
+    """A range whose pieces lie anywhere, and (first page, count) of some of its pages."""
+    gaps, sizes = st.sampled_from([0, 1, 4095, 4096, 9000]), st.integers(1, 3 * 4096)
+    origins = st.sampled_from(["file", "other", "kvmlaunch:made"])
+    at, pieces = 0, []
+    for gap, size, origin in draw(st.lists(st.tuples(gaps, sizes, origins), max_size=8)):
+        data = bytes([len(pieces) + 1]) * size
+        pieces.append(Piece(at + gap, memoryview(data), origin, 7 * at))
+        at += gap + size
+    npages = at // 4096 + draw(st.integers(1, 3))
+    first = draw(st.integers(0, npages))
+    step = PageRange(0, npages * 4096, PageType.NORMAL, "image", "", tuple(pieces))
+    return step, first, draw(st.integers(0, npages - first))
 
-    @given(
-        sizes=st.lists(
-            st.tuples(st.sampled_from([0, 1, 4095, 4096, 9000]), st.integers(1, 3 * 4096)),
-            max_size=8,
-        ),
-        first=st.integers(0, 40),
-        count=st.integers(0, 40),
-        extra=st.integers(1, 3),
-    )
+
+class TestRuns:
+    """PageRange.runs and origin_runs: the same as page by page, in few buffers."""
+
+    @given(pages_of_steps())
     def test_runs_when_pieces_lie_anywhere_are_the_pages(
-        self, sizes: list[tuple[int, int]], first: int, count: int, extra: int
+        self, pages: tuple[PageRange, int, int]
     ) -> None:
-        at, pieces = 0, []
-        for gap, size in sizes:
-            data = bytes([len(pieces) + 1]) * size
-            pieces.append(Piece(at + gap, memoryview(data), "file"))
-            at += gap + size
-        npages = at // 4096 + extra
-        step = PageRange(0, npages * 4096, PageType.NORMAL, "image", "", tuple(pieces))
-        first = min(first, npages)
-        count = min(count, npages - first)
+        step, first, count = pages
         runs = list(step.runs(first, count))
         assert all(len(run) and not len(run) % 4096 for run in runs)
         expected = b"".join(bytes(step.page(first + n)) for n in range(count))
         assert b"".join(bytes(run) for run in runs) == expected
+
+    @given(pages_of_steps())
+    def test_origins_when_pieces_lie_anywhere_are_those_of_the_pages(
+        self, pages: tuple[PageRange, int, int]
+    ) -> None:
+        step, first, count = pages
+        found = [
+            origin if offset is None else f"{origin}+{offset + 4096 * n:#x}"
+            for origin, offset, together in step.origin_runs(first, count)
+            for n in range(together)
+        ]
+        assert found == [step.origin_of(first + n) for n in range(count)]
 
     def test_runs_when_one_piece_has_all_are_one_view(self) -> None:
         image = bytes(range(256)) * 16 * 300

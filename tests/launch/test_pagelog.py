@@ -331,7 +331,6 @@ def test_log_when_each_step_is_done_is_on_disk(tmp_path: Path) -> None:
 CRASH = """
 import os, signal, sys
 from kvmlaunch.launch.pagelog import PageLog
-from kvmlaunch.launch.records import PageRecord, RecordBatch
 from kvmlaunch.launch.session import Session
 from kvmlaunch.sim import SimPlatform
 from tests.launch.rig import plan, step

@@ -227,7 +227,8 @@ def _initrd(work: Path, parts: Parts, script: str) -> Path:
         packed = (modules / f"{module}.ko.xz").read_bytes()
         (root / "modules" / names[-1]).write_bytes(lzma.decompress(packed))
     shutil.copy(parts.kvm_amd, root / "modules/kvm-amd.ko")
-    (root / "modules/order").write_text("\n".join([*names, "kvm-amd.ko", ""]))
+    # What the simulated kernel has: no nested virtualization.
+    (root / "modules/order").write_text("\n".join([*names, "kvm-amd.ko nested=0", ""]))
     (root / "command").write_text(script)
     shutil.copy(_INIT, root / "init")
     (root / "init").chmod(0o755)

@@ -140,29 +140,30 @@ class Desk:
     def _hand_over(self, vcpu: int) -> bool:
         """Let another thread take calls while this one is with ``vcpu``. False if there is none."""
         with self._changed:
-            self._running[vcpu] += 1
             self._is_taken = False
             if self._parked:
                 self._changed.notify()
             elif not self._add_thread():
-                self._running[vcpu] -= 1
                 self._is_taken = True
-            return not self._is_taken
+                return False
+            self._running[vcpu] += 1
+            return True
 
     def _leave(self, vcpu: int) -> None:
         with self._changed:
             self._running[vcpu] -= 1
+            if not self._running[vcpu]:
+                del self._running[vcpu]
 
     def _busy_vcpu(self, raw: Any) -> int | None:
         """The vCPU that a call may have to wait for (its inode, 0 for any), else None."""
         if raw.nr != lib.KL_NR_ioctl:
             return None
         request = raw.args[1] & _U32
-        if request == lib.KVM_RUN or self._running.get(raw.inode):
+        if request == lib.KVM_RUN or raw.inode in self._running:
             return int(raw.inode)
         # SNP_LAUNCH_FINISH of some kernels waits for all.
-        anybody = request == lib.KVM_MEMORY_ENCRYPT_OP and any(self._running.values())
-        return 0 if anybody else None
+        return 0 if self._running and request == lib.KVM_MEMORY_ENCRYPT_OP else None
 
     def _take(self, raw: Any) -> bool:
         """Wait for a call. False at the end."""

@@ -192,6 +192,8 @@ static void stopped(char **arguments)
 	CHECK(!pipe(heard));
 	child = fork();
 	if (!child) {
+		/* SIGTSTP stops nobody whose process group is orphaned, as ours may be. */
+		CHECK(!setpgid(0, 0));
 		stop_oneself(SIGSTOP, heard[0]);
 		stop_oneself(SIGTSTP, heard[0]);
 		exit(7);

@@ -23,9 +23,12 @@ PROFILES = tuple(
 
 NEEDED = (
     *("pyproject.toml", "README.md", "LICENSE", "PKG-INFO"),
-    *("csrc/build_backend.py", "csrc/syscalls.c", "csrc/run.c", "csrc/softcpu_hooks.c"),
-    *("csrc/hashing.c", "csrc/pagelog.c", "csrc/supervise.c", "csrc/trace.c"),
-    *(f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("*.h"))),
+    "csrc/build_backend.py",
+    *(
+        f"csrc/{path.name}"
+        for path in sorted((ROOT / "csrc").glob("*.[ch]"))
+        if not path.name.startswith("_generated_")
+    ),
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
     *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
     *("kvmlaunch/hashing/_ext.pyi", "kvmlaunch/abi/record.pyi"),

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from .driver import simulated
+from .driver import Driver, simulated
 from .one_vcpu import Machine
 
 _generate = rsa.generate_private_key
@@ -31,3 +31,16 @@ def machine():
     """A plain VM with one vCPU."""
     with simulated() as platform:
         yield Machine(platform)
+
+
+@pytest.fixture
+def driver():
+    """System calls of a simulated host."""
+    with simulated() as platform:
+        yield Driver(platform)
+
+
+@pytest.fixture
+def vm(driver):
+    """A plain VM of it without vCPUs."""
+    return driver.create_vm(0)

@@ -42,12 +42,6 @@ def event() -> Iterator[int]:
     os.close(fd)
 
 
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    with simulated() as platform:
-        yield Driver(platform)
-
-
 def count(event: int) -> int:
     """What was signalled since it was read last."""
     try:

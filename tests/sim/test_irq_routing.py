@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
 from kvmlaunch.uapi import ffi, lib
 
-from .driver import Driver, Memory, simulated, struct
+from .driver import Driver, Memory, struct
 
 OK = (0, 0)
 EINVAL = (-1, errno.EINVAL)
@@ -18,12 +17,6 @@ MSI, CHIP = lib.KVM_IRQ_ROUTING_MSI, lib.KVM_IRQ_ROUTING_IRQCHIP
 MESSAGE = {"type": MSI, "address_lo": 0xFEE00000, "data": 0x30}
 MAX_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES
 NOBODY = 0xFFFFFFFF  # -1: nothing is routed there, or nobody took it
-
-
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    with simulated() as platform:
-        yield Driver(platform)
 
 
 def new_vm(driver: Driver, irqchip: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from kvmlaunch.uapi import lib
 
-from .driver import Driver, simulated, struct
+from .driver import struct
 from .plain_vm import CODE, Vm
 from .test_plain_run import OK
 from .test_tsc import set_msr
@@ -43,17 +43,6 @@ def set_clock(driver, vm, **fields):
 
 def get_clock(driver, vm):
     return driver.get(vm, lib.KVM_GET_CLOCK)
-
-
-@pytest.fixture
-def driver():
-    with simulated() as platform:
-        yield Driver(platform)
-
-
-@pytest.fixture
-def vm(driver):
-    return driver.create_vm(0)
 
 
 def test_capability_has_every_flag(driver, vm):

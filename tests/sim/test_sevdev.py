@@ -18,12 +18,6 @@ OK = (0, 0)
 
 
 @pytest.fixture
-def driver():
-    with simulated() as platform:
-        yield Driver(platform)
-
-
-@pytest.fixture
 def sev(driver):
     return driver.open_sev()
 

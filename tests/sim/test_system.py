@@ -18,12 +18,6 @@ ENTRY = ffi.sizeof("struct kvm_cpuid_entry2")
 
 
 @pytest.fixture
-def driver():
-    with simulated() as platform:
-        yield Driver(platform)
-
-
-@pytest.fixture
 def kvm(driver):
     return driver.open_kvm()
 

@@ -12,17 +12,6 @@ from kvmlaunch.uapi import ffi, lib
 from .driver import Driver, Guest, launched, simulated, struct
 
 
-@pytest.fixture
-def driver():
-    with simulated() as platform:
-        yield Driver(platform)
-
-
-@pytest.fixture
-def vm(driver):
-    return driver.create_vm(0)
-
-
 def enable(driver, vm, cap, arg=0, flags=0):
     args = struct("kvm_enable_cap", cap=cap, flags=flags)
     args.args[0] = arg

@@ -241,33 +241,35 @@ static void still_pending(char **arguments)
 	check_cpu();
 }
 
-/* Killed at any moment of an execve. */
+/* A child that gets a signal so many microseconds after its start, at some moment of an execve. */
+static int signalled_in_execve(int number, int microseconds)
+{
+	int child = fork();
+
+	if (!child)
+		execute("show");
+	usleep(microseconds);
+	CHECK(!kill(child, number));
+	return child;
+}
+
 static void killed(char **arguments)
 {
 	(void)arguments;
 	for (int i = 0; i < 40; i++) {
-		int status, child = fork();
+		int status, child = signalled_in_execve(SIGKILL, i * 50);
 
-		if (!child)
-			execute("show");
-		usleep(i * 50);
-		CHECK(!kill(child, SIGKILL));
 		CHECK(waitpid(child, &status, 0) == child);
 		CHECK(status == SIGKILL || status == 0);
 	}
 }
 
-/* Stopped and let go on at any moment of an execve. */
 static void stopped_early(char **arguments)
 {
 	(void)arguments;
 	for (int i = 0; i < 40; i++) {
-		int status, child = fork();
+		int status, child = signalled_in_execve(SIGSTOP, i * 50);
 
-		if (!child)
-			execute("show");
-		usleep(i * 50);
-		CHECK(!kill(child, SIGSTOP));
 		CHECK(waitpid(child, &status, WUNTRACED) == child);
 		if (WIFSTOPPED(status)) {
 			CHECK(!kill(child, SIGCONT));

@@ -11,8 +11,8 @@ from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import ffi, lib
 from tests.host import require_kvm
 
+from .differential import Script, played
 from .driver import PAGE, struct
-from .test_differential import Script, played
 
 TOP = 1 << 64
 ONES = TOP - 1

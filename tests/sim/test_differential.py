@@ -17,7 +17,8 @@ from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import ffi, lib
 from tests.host import require_kvm
 
-from .driver import PAGE, RW, Driver, Memory, struct
+from .differential import played
+from .driver import PAGE, RW, struct
 
 TOP = 1 << 64
 
@@ -58,63 +59,6 @@ PVM = {
     "vm cap VM_TYPES": "type 0 only",
     "vm cap NR_VCPUS": "number of CPUs of the machine",
 }
-
-
-class Script:
-    """One run of one script on one platform: its steps, and what to close."""
-
-    def __init__(self, platform):
-        self.driver = Driver(platform)
-        self.platform = platform
-        self.steps = []
-        self._fds = []
-        self._keep = []
-        self.kvm = self.own(self.driver.open_kvm())
-
-    def own(self, fd):
-        self._fds.append(fd)
-        return fd
-
-    def close_all(self):
-        for fd in reversed(self._fds):
-            self.platform.close(fd)
-
-    def memory(self, size=16 * PAGE):
-        self._keep.append(Memory(size))
-        return self._keep[-1].address
-
-    def note(self, label, result, *, makes_fd=False):
-        """Note a step; a new fd is owned and returned."""
-        ok = result.ret >= 0
-        if ok and makes_fd:
-            self.own(result.ret)
-        shown = "fd" if makes_fd else result.ret
-        self.steps.append((label, shown if ok else "error", result.errno))
-        return result.ret
-
-    def call(self, label, fd, name, arg=0, **how):
-        request = getattr(lib, name) if isinstance(name, str) else name
-        return self.note(label, self.driver.ioctl(fd, request, arg), **how)
-
-    def vm(self):
-        return self.own(self.driver.create_vm(0, self.kvm))
-
-    def vcpu(self, vm, number=0):
-        return self.own(self.driver.ok(self.driver.ioctl(vm, lib.KVM_CREATE_VCPU, number)))
-
-    def region(self, label, vm, **fields):
-        fields.setdefault("memory_size", 4 * PAGE)
-        region = struct("kvm_userspace_memory_region2", **fields)
-        self.call(label, vm, "KVM_SET_USER_MEMORY_REGION2", region)
-
-    def gmem(self, label, vm, size=16 * PAGE, flags=0):
-        args = struct("kvm_create_guest_memfd", size=size, flags=flags)
-        return self.call(label, vm, "KVM_CREATE_GUEST_MEMFD", args, makes_fd=True)
-
-    def enable(self, label, vm, cap, arg=0, flags=0):
-        args = struct("kvm_enable_cap", cap=cap, flags=flags)
-        args.args[0] = arg
-        self.call(label, vm, "KVM_ENABLE_CAP", args)
 
 
 def system_calls(run):
@@ -556,15 +500,6 @@ SCRIPTS = [
     run_without_entry,
     closed,
 ]
-
-
-def played(script, platform, kind=Script):
-    run = kind(platform)
-    try:
-        script(run)
-    finally:
-        run.close_all()
-    return run.steps
 
 
 @pytest.fixture(scope="module")

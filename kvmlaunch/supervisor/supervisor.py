@@ -22,7 +22,7 @@ from kvmlaunch.sim.spec import SimSpec
 from kvmlaunch.supervisor.clients import Clients
 from kvmlaunch.supervisor.cpuid import cpuid_table, differs
 from kvmlaunch.supervisor.descriptors import ClientFds
-from kvmlaunch.supervisor.desk import Desk
+from kvmlaunch.supervisor.dispatcher import Dispatcher
 from kvmlaunch.supervisor.log import LaunchLog
 from kvmlaunch.supervisor.memory import ClientMemory
 from kvmlaunch.uapi import Call, ffi, lib
@@ -87,13 +87,15 @@ class Supervisor:
             user=ClientMemory(clients),
             fds=fds,
         )
-        desk = Desk(platform, clients, fds, self._watcher(platform, clients, command[0]))
-        desk.open()
+        dispatcher = Dispatcher(
+            platform, clients, fds, self._watcher(platform, clients, command[0])
+        )
+        dispatcher.open()
         try:
             code = _wait(pid, table)
         finally:
-            desk.close()
-        for failure in desk.failures:
+            dispatcher.close()
+        for failure in dispatcher.failures:
             if isinstance(failure, KvmLaunchError):
                 raise failure
             raise KvmLaunchError(f"a bug of the simulated host: {_described(failure)}") from failure

@@ -76,8 +76,10 @@ def test_snp_guest_of_qemu_when_run_gets_as_far_as_its_firmware_does(qemu10: Com
     line = rig.words(*qemu10, *_snp_guest(debian.ovmf(), 1, "EPYC-v4"), "-monitor", "none")
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = process.stderr.readline()  # then it shows the registers, and waits
-        process.terminate()
+        try:
+            said = process.stderr.readline()  # then it shows the registers, and waits
+        finally:
+            process.terminate()
     assert "Convert non guest_memfd backed memory region (0xfee00000 ,+ 0x1000) to private" in said
 
 

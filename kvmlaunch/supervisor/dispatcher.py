@@ -26,7 +26,7 @@ from kvmlaunch.supervisor.modules import parameter
 from kvmlaunch.supervisor.paths import descriptor_path, device_path
 from kvmlaunch.uapi import Platform, Recorder, Result, ffi, lib
 
-__all__ = ["Desk"]
+__all__ = ["Dispatcher"]
 
 _PARKED_THREADS = 2
 _JOIN_SECONDS = 0.05
@@ -36,7 +36,7 @@ _DONE = Result(0, 0)
 _OPEN_HOW_SIZE = 24
 
 
-class Desk:
+class Dispatcher:
     """Takes calls from the listener and gives them to the simulated host.
 
     One thread takes what comes and answers it at once. A call that may take long, as KVM_RUN

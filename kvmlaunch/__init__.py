@@ -14,8 +14,6 @@ no device and no compiled extension.
 
 from __future__ import annotations
 
-from kvmlaunch.version import __version__
-
 TYPE_CHECKING = False  # typing's, which takes longer to import than all of this
 if TYPE_CHECKING:
     from kvmlaunch.abi.idblock import IdBlock
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
     from kvmlaunch.platforms import host_cbitpos, open_platform
     from kvmlaunch.sim import SimPlatform
     from kvmlaunch.uapi import Proposal, RealPlatform, Recorder
+    from kvmlaunch.version import __version__
 
 __all__ = [
     "Cause",
@@ -112,6 +111,7 @@ _HOME = {
     "VmmProfile": "images",
     "VmsaChoice": "images",
     "VmsaMode": "images",
+    "__version__": "version",
     "explain_digest": "launch.explain",
     "explain_vmsa": "launch.explain",
     "bisect": "launch.bisect",

@@ -6,12 +6,11 @@ What lies between the fields is reserved. A structure keeps non-zero reserved by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 from kvmlaunch.errors import FormatError
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from typing import Any, TypeAlias
 
 __all__ = ["Gaps", "Runs", "canonical_runs", "find_gaps", "find_runs", "int_at", "raw_at"]

@@ -24,8 +24,6 @@ gce-tcb-verifier and follows the command word of LAUNCH_UPDATE.
 
 from __future__ import annotations
 
-import struct
-
 from kvmlaunch.errors import FormatError
 
 from .page import PAGE_SIZE, Buffer, PageType
@@ -53,7 +51,6 @@ VMSA_TSC = slice(0x2F0, 0x300)
 _ZEROS = bytes(DIGEST_SIZE)
 _NO_PERMS = (0, 0, 0)
 _PAGE_INFO_SIZE = 0x70
-_PAGE_INFO_TAIL = struct.Struct("<HBBxBBBQ")
 _LAST_GPA = (1 << 64) - PAGE_SIZE
 _TYPES = frozenset(int(t) for t in PageType)
 _MEASURED = frozenset(int(t) for t in PageType if t.measures_contents)
@@ -191,8 +188,8 @@ def page_info(
     if vmpl_perms is not _NO_PERMS and not all(0 <= p <= 0xFF for p in vmpl_perms):
         raise FormatError(f"VMPL permissions {vmpl_perms} do not fit in 8 bits each")
     vmpl1, vmpl2, vmpl3 = vmpl_perms
-    tail = _PAGE_INFO_TAIL.pack(_PAGE_INFO_SIZE, page_type, imi_page, vmpl1, vmpl2, vmpl3, gpa)
-    return b"".join((current, contents, tail))
+    small = bytes((_PAGE_INFO_SIZE, 0, page_type, imi_page, 0, vmpl1, vmpl2, vmpl3))
+    return b"".join((current, contents, small, gpa.to_bytes(8, "little")))
 
 
 def _check_type(page_type: int) -> None:

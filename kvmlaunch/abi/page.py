@@ -6,7 +6,7 @@ Linux uapi as KVM_SEV_SNP_PAGE_TYPE_*. 0 and 7 are invalid (INVALID_PARAM).
 
 from __future__ import annotations
 
-import enum
+from .enums import IntEnum
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ PAGE_SIZE = 4096
 """Bytes of one measured page. A 2 MiB update is measured as 512 of these."""
 
 
-class PageType(enum.IntEnum):
+class PageType(IntEnum):
     """How firmware measures and fills one launch page."""
 
     NORMAL = 1

@@ -82,6 +82,10 @@ class Record:
         cls._defaults = {**cls._defaults, **defaults}
 
     def __init__(self, *values: Any, **named: Any) -> None:
+        if not named and len(values) == len(self.__match_args__) == len(self._types):
+            vars(self).update(zip(self.__match_args__, values, strict=True))
+            self.__post_init__()
+            return
         given = {**dict(zip(self.__match_args__, values, strict=False)), **named}
         fields = {**self._defaults, **given}
         if fields.keys() != self._types.keys() or len(given) < len(values) + len(named):

@@ -5,8 +5,6 @@ Source: AMD APM volume 2, tables B-2 and B-4; Linux `struct vmcb_seg`.
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 from ._check import exact_size, uint
 from .page import Buffer
 from .record import Record
@@ -14,7 +12,7 @@ from .record import Record
 __all__ = ["SEGMENT_FIELDS", "SEGMENT_SIZE", "Segment", "VmsaField"]
 
 
-class VmsaField(namedtuple("VmsaField", "name offset size")):
+class VmsaField(Record):
     """One line of the field table; offset and size in bytes."""
 
     name: str
@@ -47,8 +45,8 @@ class Segment(Record):
 
     def __post_init__(self) -> None:
         """Refuse a value that is too large."""
-        for name, _, size in SEGMENT_FIELDS:
-            uint(name, getattr(self, name), size * 8)
+        for field in SEGMENT_FIELDS:
+            uint(field.name, getattr(self, field.name), field.size * 8)
 
     def encode(self) -> bytes:
         """Return the 16 bytes."""
@@ -59,9 +57,11 @@ class Segment(Record):
     def decode(cls, buf: Buffer) -> Segment:
         """Read 16 bytes."""
         raw = exact_size("a segment", buf, SEGMENT_SIZE)
-        return cls(*(int.from_bytes(raw[o : o + n], "little") for _, o, n in SEGMENT_FIELDS))
+        return cls(
+            *(int.from_bytes(raw[f.offset : f.offset + f.size], "little") for f in SEGMENT_FIELDS)
+        )
 
     def __repr__(self) -> str:
         """Return an expression with the parts that are not 0."""
-        shown = ", ".join(f"{f.name}={v:#x}" for f in SEGMENT_FIELDS if (v := getattr(self, f[0])))
-        return f"Segment({shown})"
+        parts = ((f.name, getattr(self, f.name)) for f in SEGMENT_FIELDS)
+        return f"Segment({', '.join(f'{name}={part:#x}' for name, part in parts if part)})"

@@ -11,10 +11,6 @@ copy of the VMCB.
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from kvmlaunch.errors import FormatError
 
 from ._check import exact_size, sized_bytes, uint
@@ -25,6 +21,7 @@ from .segment import SEGMENT_FIELDS, SEGMENT_SIZE, Segment, VmsaField
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
 __all__ = [
@@ -40,28 +37,26 @@ __all__ = [
     "field_at",
 ]
 
-SEV_FEATURES: Mapping[str, int] = MappingProxyType(
-    {
-        "snp_active": 0,
-        "vtom": 1,
-        "reflect_vc": 2,
-        "restricted_injection": 3,
-        "alternate_injection": 4,
-        "debug_swap": 5,
-        "prevent_host_ibs": 6,
-        "btb_isolation": 7,
-        "vmpl_sss": 8,
-        "secure_tsc": 9,
-        "vmgexit_parameter": 10,
-        "pmc_virtualization": 11,
-        "ibs_virtualization": 12,
-        "guest_intercept_control": 13,
-        "vmsa_reg_prot": 14,
-        "smt_protection": 15,
-        "secure_avic": 16,
-        "ibpb_on_entry": 21,
-    }
-)
+SEV_FEATURES: Mapping[str, int] = {
+    "snp_active": 0,
+    "vtom": 1,
+    "reflect_vc": 2,
+    "restricted_injection": 3,
+    "alternate_injection": 4,
+    "debug_swap": 5,
+    "prevent_host_ibs": 6,
+    "btb_isolation": 7,
+    "vmpl_sss": 8,
+    "secure_tsc": 9,
+    "vmgexit_parameter": 10,
+    "pmc_virtualization": 11,
+    "ibs_virtualization": 12,
+    "guest_intercept_control": 13,
+    "vmsa_reg_prot": 14,
+    "smt_protection": 15,
+    "secure_avic": 16,
+    "ibpb_on_entry": 21,
+}
 """Bit numbers of SEV_FEATURES (VMSA offset 0x3B0), by name."""
 
 
@@ -72,9 +67,12 @@ def describe_sev_features(value: int) -> list[str]:
     return [f"bit {b} {names.get(b, 'reserved')}" for b in range(64) if value >> b & 1]
 
 
+_NO_SEGMENT = Segment()
+
+
 # A line of the table below: offset, size, default.
 def _seg(offset: int) -> Any:
-    return offset, SEGMENT_SIZE, Segment()
+    return offset, SEGMENT_SIZE, _NO_SEGMENT
 
 
 def _int(offset: int, size: int) -> Any:
@@ -223,8 +221,8 @@ class Vmsa(Record):
     def encode(self) -> bytes:
         """Return the page, 4096 bytes."""
         page = bytearray(PAGE_SIZE)
-        for name, offset, size in VMSA_FIELDS:
-            page[offset : offset + size] = _to_bytes(getattr(self, name), size)
+        for f in VMSA_FIELDS:
+            page[f.offset : f.offset + f.size] = _to_bytes(getattr(self, f.name), f.size)
         for offset, data in self.reserved:
             page[offset : offset + len(data)] = data
         return bytes(page)
@@ -238,13 +236,13 @@ class Vmsa(Record):
         """
         page = exact_size("a VMSA", buf, PAGE_SIZE)
         fields: dict[str, Any] = {}
-        for name, offset, size in VMSA_FIELDS:
-            raw = page[offset : offset + size]
-            kind = type(_DEFAULTS[name])
+        for f in VMSA_FIELDS:
+            raw = page[f.offset : f.offset + f.size]
+            kind = type(_DEFAULTS[f.name])
             if kind is Segment:
-                fields[name] = Segment.decode(raw)
+                fields[f.name] = Segment.decode(raw)
             else:
-                fields[name] = raw if kind is bytes else int.from_bytes(raw, "little")
+                fields[f.name] = raw if kind is bytes else int.from_bytes(raw, "little")
         return cls(**fields, reserved=tuple(find_runs(page, _GAPS)))
 
     def replace(self, **changes: Any) -> Vmsa:
@@ -318,7 +316,7 @@ _SIZES = {f.name: f.size for f in VMSA_FIELDS}
 _GAPS = find_gaps(((f.offset, f.size) for f in VMSA_FIELDS), PAGE_SIZE)
 
 
-class FieldDiff(namedtuple("FieldDiff", "name offset a b")):
+class FieldDiff(Record):
     """One field in which two VMSAs differ; `offset` in the page, `a` and `b` the values."""
 
     name: str
@@ -339,16 +337,17 @@ def diff(a: Vmsa, b: Vmsa) -> list[FieldDiff]:
     named after the gap's offset (`reserved_0x670`), from its first to its last difference.
     """
     found: list[FieldDiff] = []
-    for name, offset, _ in VMSA_FIELDS:
-        old, new = getattr(a, name), getattr(b, name)
+    for field in VMSA_FIELDS:
+        old, new = getattr(a, field.name), getattr(b, field.name)
         if old == new:
             continue
         if isinstance(old, Segment):
-            for part, at, _ in SEGMENT_FIELDS:
-                if (x := getattr(old, part)) != (y := getattr(new, part)):
-                    found.append(FieldDiff(f"{name}.{part}", offset + at, x, y))
+            for part in SEGMENT_FIELDS:
+                if (x := getattr(old, part.name)) != (y := getattr(new, part.name)):
+                    name, at = f"{field.name}.{part.name}", field.offset + part.offset
+                    found.append(FieldDiff(name, at, x, y))
         else:
-            found.append(FieldDiff(name, offset, old, new))
+            found.append(FieldDiff(field.name, field.offset, old, new))
     if a.reserved != b.reserved:
         page_a, page_b = a.encode(), b.encode()
         for start, end in _GAPS:

@@ -157,10 +157,10 @@ def _pages_by_type(plan: LaunchPlan) -> dict[str, int]:
 
 def _registers(vcpu: Vmsa) -> dict[str, str]:
     out = {}
-    for name, *_ in VMSA_FIELDS:
+    for name in (field.name for field in VMSA_FIELDS):
         value = vcpu.get(name)
         if isinstance(value, Segment):
-            parts = [(part, getattr(value, part)) for part, *_ in SEGMENT_FIELDS]
+            parts = [(part.name, getattr(value, part.name)) for part in SEGMENT_FIELDS]
             if any(number for _, number in parts):
                 out[name] = " ".join(f"{part}={number:#x}" for part, number in parts)
         elif isinstance(value, bytes):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from kvmlaunch.abi.reset import vcpu_signature, vcpu_type_signature
-from kvmlaunch.cli.certificates import certificate_files
 from kvmlaunch.cli.mode_options import mode_choices
 from kvmlaunch.cli.quick import bad_argument
 from kvmlaunch.cli.vmsa_options import add_vmsa_options, vmsa_files, vmsas_from
@@ -233,6 +232,8 @@ def _inputs(args: argparse.Namespace) -> list[str]:
     """The files that are read."""
     named = [path for name in _INPUTS if (path := getattr(args, name, None))]
     profile = [args.vmm_type] if is_profile_path(args.vmm_type) else []
+    from kvmlaunch.cli.certificates import certificate_files  # of what writes files
+
     return [*named, *profile, *vmsa_files(args), *certificate_files(args)]
 
 

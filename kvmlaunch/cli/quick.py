@@ -8,8 +8,6 @@ argparse, which has the last word.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
     import argparse
@@ -108,7 +106,14 @@ class QuickParser:
                 values[dest] = value
         if any(len(group & given) > 1 for group in self._exclusive):
             return None
-        return SimpleNamespace(**values)
+        return _Arguments(values)
+
+
+class _Arguments:
+    """What argparse.Namespace is."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values)
 
 
 class _Exclusive:

@@ -15,7 +15,6 @@ The environment variable ``KVMLAUNCH_HASH`` chooses one by name.
 
 from __future__ import annotations
 
-import functools
 import os
 
 from kvmlaunch.errors import KvmLaunchError
@@ -28,14 +27,20 @@ VARIABLE = "KVMLAUNCH_HASH"
 """Environment variable with the backend to use."""
 
 
-@functools.cache
+_hashers: dict[str, Hasher] = {}  # by name, once somebody has asked
+
+
 def _known() -> dict[str, Hasher]:
-    plain = PlainHasher()
-    try:
-        from kvmlaunch.hashing.native import native_hashers
-    except ImportError:  # the extension isn't there
-        return {plain.name: plain}
-    return {hasher.name: hasher for hasher in (*native_hashers(), plain)}
+    if not _hashers:
+        found: list[Hasher] = [PlainHasher()]
+        try:
+            from kvmlaunch.hashing.native import native_hashers
+        except ImportError:  # the extension isn't there
+            pass
+        else:
+            found = [*native_hashers(), *found]
+        _hashers.update({hasher.name: hasher for hasher in found})
+    return _hashers
 
 
 def backends() -> tuple[str, ...]:

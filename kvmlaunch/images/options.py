@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
@@ -24,6 +23,7 @@ from kvmlaunch.images.vmm import VmmProfile
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any, TypeAlias
 
     from kvmlaunch.images.vmsas import VmsaChoice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
@@ -11,6 +10,10 @@ from kvmlaunch.images.ovmf_table import OvmfSection
 from kvmlaunch.images.plan import HIGH_MEMORY, MemoryRegion, PageRange, Piece
 from kvmlaunch.images.source import ImageSource
 from kvmlaunch.images.vmm import VmmProfile
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["check_sections", "check_size", "firmware_range", "in_order", "section_ranges"]
 

@@ -7,8 +7,6 @@ All of this is untrusted input: every length and offset is checked before it is 
 
 from __future__ import annotations
 
-import struct
-
 from kvmlaunch.abi.record import Record
 from kvmlaunch.images.source import ImageSource
 
@@ -57,9 +55,9 @@ SECTION_TYPES = {
 }
 """Section type -> name. How the pages are launched depends on the VMM."""
 
-_TRAILER = struct.Struct("<H16s")  # behind an entry's data: its length, GUID
-_METADATA_HEADER = struct.Struct("<4sIII")  # "ASEV", size, version, number of sections
-_SECTION = struct.Struct("<III")  # GPA, size, type
+_TRAILER = 18  # bytes behind an entry's data: its length (u16), GUID
+_METADATA_HEADER = 16  # bytes: "ASEV", and as u32 size, version, number of sections
+_SECTION = 12  # bytes: GPA, size, type, each u32
 _TABLE_TAIL = 32  # bytes between the table and the image's end
 GOOD_BUILDS = "use a build that supports SEV-SNP (Debian's OVMF.fd or OVMF.amdsev.fd)"
 
@@ -125,8 +123,7 @@ def has_table(source: ImageSource) -> bool:
     """True if the image ends like OVMF, with the footer of a GUIDed table."""
     size = len(source.data)
     return (
-        size >= _TABLE_TAIL + _TRAILER.size
-        and _guid(source.data[size - 48 : size - 32]) == FOOTER_GUID
+        size >= _TABLE_TAIL + _TRAILER and _guid(source.data[size - 48 : size - 32]) == FOOTER_GUID
     )
 
 
@@ -158,23 +155,23 @@ def parse_table(source: ImageSource) -> OvmfTables:
 
 
 def _walk_table(source: ImageSource) -> tuple[OvmfEntry, ...]:
-    end = len(source.data) - _TABLE_TAIL - _TRAILER.size  # the footer's trailer is here
-    table_size = _TRAILER.unpack_from(source.data, end)[0]
-    start = end + _TRAILER.size - table_size
-    if table_size < _TRAILER.size or start < 0:
+    end = len(source.data) - _TABLE_TAIL - _TRAILER  # the footer's trailer is here
+    (table_size,) = _numbers(source.data, end, 2)
+    start = end + _TRAILER - table_size
+    if table_size < _TRAILER or start < 0:
         raise source.fail(
             f"the GUIDed table's size {table_size:#x} is less than its footer or beyond the image",
             offset=end,
         )
     entries: dict[str, OvmfEntry] = {}
     while end > start:
-        trailer = end - _TRAILER.size
+        trailer = end - _TRAILER
         if trailer < start:
             raise source.fail("a GUIDed table entry begins before its table", offset=start)
-        length, raw = _TRAILER.unpack_from(source.data, trailer)
-        guid = _guid(raw)
-        entry = OvmfEntry(guid, _NAMES.get(guid, "unknown"), end - length, length - _TRAILER.size)
-        if length < _TRAILER.size or entry.offset < start:
+        (length,) = _numbers(source.data, trailer, 2)
+        guid = _guid(source.data[trailer + 2 : end])
+        entry = OvmfEntry(guid, _NAMES.get(guid, "unknown"), end - length, length - _TRAILER)
+        if length < _TRAILER or entry.offset < start:
             raise source.fail(
                 f"GUIDed table entry {entry}: length {length:#x} is less than its trailer "
                 "or beyond the table",
@@ -187,9 +184,18 @@ def _walk_table(source: ImageSource) -> tuple[OvmfEntry, ...]:
     return tuple(entries.values())
 
 
-def _guid(raw: bytes | memoryview) -> str:
+def _numbers(data: memoryview, at: int, *sizes: int) -> tuple[int, ...]:
+    """Successive unsigned integers, of these sizes in bytes."""
+    found = []
+    for size in sizes:
+        found.append(int.from_bytes(data[at : at + size], "little"))
+        at += size
+    return tuple(found)
+
+
+def _guid(raw: memoryview) -> str:
     """A GUID as text; its first three numbers are little-endian in the image."""
-    first, second, third = struct.unpack_from("<IHH", raw)
+    first, second, third = _numbers(raw, 0, 4, 2, 2)
     return f"{first:08x}-{second:04x}-{third:04x}-{raw[8:10].hex()}-{raw[10:].hex()}"
 
 
@@ -200,29 +206,30 @@ def words(source: ImageSource, entry: OvmfEntry, count: int) -> tuple[int, ...]:
             f"GUIDed table entry {entry} has {entry.size} bytes of data, not {4 * count}",
             offset=entry.offset,
         )
-    return struct.unpack_from(f"<{count}I", source.data, entry.offset)
+    return _numbers(source.data, entry.offset, *(4,) * count)
 
 
 def _read_metadata(source: ImageSource, entry: OvmfEntry) -> tuple[OvmfSection, ...]:
     from_end = words(source, entry, 1)[0]
     offset = len(source.data) - from_end
-    if not _METADATA_HEADER.size <= from_end <= len(source.data):
+    if not _METADATA_HEADER <= from_end <= len(source.data):
         raise source.fail(
             f"the SEV metadata's place, {from_end:#x} bytes before the end, is not in the image",
             offset=entry.offset,
         )
-    magic, size, version, count = _METADATA_HEADER.unpack_from(source.data, offset)
+    magic = bytes(source.data[offset : offset + 4])
+    size, version, count = _numbers(source.data, offset + 4, 4, 4, 4)
     if magic != b"ASEV":
         raise source.fail(f"SEV metadata begins with {magic!r}, not b'ASEV'", offset=offset)
     if version != 1:
         raise source.fail(f"SEV metadata version {version} is not 1", offset=offset + 8)
-    if size != _METADATA_HEADER.size + count * _SECTION.size:
+    if size != _METADATA_HEADER + count * _SECTION:
         raise source.fail(
             f"SEV metadata size {size:#x} doesn't fit its {count} sections", offset=offset + 4
         )
     source.slice(offset, size, "SEV metadata")
-    first = offset + _METADATA_HEADER.size
+    first = offset + _METADATA_HEADER
     return tuple(
-        OvmfSection(index, at, *_SECTION.unpack_from(source.data, at))
-        for index, at in enumerate(range(first, first + count * _SECTION.size, _SECTION.size))
+        OvmfSection(index, at, *_numbers(source.data, at, 4, 4, 4))
+        for index, at in enumerate(range(first, first + count * _SECTION, _SECTION))
     )

@@ -6,20 +6,21 @@ mapped image files and never copies page contents.
 
 from __future__ import annotations
 
-import enum
 import itertools
-from abc import abstractmethod
-from bisect import bisect_right
-from collections import namedtuple
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
+from kvmlaunch.abi.enums import StrEnum
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from kvmlaunch.images.pieces import FilePieces
 
 __all__ = [
     "HIGH_MEMORY",
@@ -29,7 +30,6 @@ __all__ = [
     "MemoryRegion",
     "PageRange",
     "Piece",
-    "Pieces",
     "VmsaMode",
     "check_identity",
     "free_gpa",
@@ -44,10 +44,11 @@ SYNC_VMSA_GPA = 0xFFFF_FFFF_F000
 """GPA at which KVM has the VMSAs that it makes itself measured (INITIAL_VMSA_GPA in svm/sev.c)."""
 
 _ZEROS = memoryview(bytes(256 * PAGE_SIZE))
+_NO_BINDINGS: Mapping[int, int] = {}
 _GPA_LIMIT = 1 << 52  # most physical address bits of x86-64 (APM volume 2, section 5.3)
 
 
-class VmsaMode(str, enum.Enum):
+class VmsaMode(StrEnum):
     """Who makes the VMSAs of a launch."""
 
     SYNC = "sync"
@@ -57,11 +58,8 @@ class VmsaMode(str, enum.Enum):
     DIRECT = "direct"
     """User space, a page for each vCPU that shall start with the guest (proposal v2)."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Piece(namedtuple("Piece", "offset data origin file_offset", defaults=(0,))):
+class Piece(Record):
     """Bytes inside a PageRange.
 
     Attributes: ``offset`` (bytes from the range's start), ``data`` (a view),
@@ -72,20 +70,12 @@ class Piece(namedtuple("Piece", "offset data origin file_offset", defaults=(0,))
     offset: int
     data: memoryview
     origin: str
-    file_offset: int
+    file_offset: int = 0
 
     @property
     def end(self) -> int:
         """First offset behind the piece."""
         return self.offset + len(self.data)
-
-
-class Pieces(Sequence[Piece]):
-    """Pieces that are made when they are asked for."""
-
-    @abstractmethod
-    def following(self, offset: int) -> int:
-        """Index of the first piece that begins behind ``offset`` (bytes from the range's start)."""
 
 
 class PageRange(Record):
@@ -101,7 +91,7 @@ class PageRange(Record):
     type: PageType
     label: str
     origin: str
-    pieces: tuple[Piece, ...] | Pieces = ()
+    pieces: tuple[Piece, ...] | FilePieces = ()
 
     def __post_init__(self) -> None:
         """Refuse a range that no launch update could take."""
@@ -138,7 +128,7 @@ class PageRange(Record):
                 skipped = low - piece.offset
                 data = piece.data[skipped : high - piece.offset]
                 at = piece.file_offset + skipped
-                pieces.append(piece._replace(offset=low - start, data=data, file_offset=at))
+                pieces.append(piece.replace(offset=low - start, data=data, file_offset=at))
         return self.replace(gpa=self.gpa + start, size=stop - start, pieces=tuple(pieces))
 
     def page(self, index: int) -> memoryview:
@@ -216,9 +206,13 @@ class PageRange(Record):
 
     def _following(self, offset: int) -> int:
         """Index of the first piece that begins behind ``offset``."""
-        if isinstance(self.pieces, tuple):
-            return bisect_right(self.pieces, offset, key=lambda piece: piece.offset)
-        return self.pieces.following(offset)
+        if not isinstance(self.pieces, tuple):
+            return self.pieces.following(offset)
+        if len(self.pieces) == 1:
+            return int(self.pieces[0].offset <= offset)
+        from bisect import bisect_right  # firmware is one piece
+
+        return bisect_right(self.pieces, offset, key=lambda piece: piece.offset)
 
     def _pieces_of(self, index: int) -> Iterator[Piece]:
         """The pieces that have bytes in page ``index`` (an image may have 65534 of them)."""
@@ -336,7 +330,7 @@ class LaunchPlan(Record, unshown=("data", "vcpus"), unhashed=("bindings",)):
     vcek_disabled: bool = False
     partial: bool = False
     vmsa_mode: VmsaMode = VmsaMode.SYNC
-    bindings: Mapping[int, int] = MappingProxyType({})
+    bindings: Mapping[int, int] = _NO_BINDINGS
     forced: bool = False
     vmm: str = ""
     as_given: bool = False

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from kvmlaunch.abi.kvm_sync import synced
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.images.plan import LaunchPlan, VmsaMode
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["finish_vmsas"]
 

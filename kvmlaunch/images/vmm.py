@@ -6,17 +6,17 @@ of its values; :mod:`~.vmm_file` describes the format.
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Mapping
-
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.reset import BSP_EIP, qemu_reset
 from kvmlaunch.abi.vmsa import Vmsa
-from kvmlaunch.errors import FormatError, ImageError
+from kvmlaunch.errors import FormatError
 from kvmlaunch.images.ovmf_table import SECTION_TYPES
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
+
+TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["BUILT_IN", "VcpuStart", "VmmProfile", "default_vmm", "is_profile_path", "load_vmm"]
 
@@ -24,9 +24,6 @@ BUILT_IN = (
     *("QEMU", "QEMU-before-6.10", "alioth", "ec2", "ec2-rdx0", "gce", "gce-genoa", "krun", "kvm"),
 )
 """Names of the profiles in the package."""
-
-_FOLDER = os.path.join(os.path.dirname(__file__), "vmms")
-_SIZE_MOST = 1 << 20
 
 
 class VcpuStart(Record):
@@ -145,11 +142,13 @@ def load_vmm(name: str) -> VmmProfile:
 
     Raises FormatError for a name that isn't known, ImageError for a file that breaks a rule.
     """
+    from kvmlaunch.images.vmm_file import built_in, read_vmm  # QEMU's is there without
+
     if is_profile_path(name):
-        return _read(name, name)
+        return read_vmm(name, name)
     known = {built_in.lower(): built_in for built_in in BUILT_IN}
     if found := known.get(name.lower()):
-        return _built_in(found)
+        return built_in(found)
     import difflib  # only here
 
     close = [known[near] for near in difflib.get_close_matches(name.lower(), known)]
@@ -157,25 +156,3 @@ def load_vmm(name: str) -> VmmProfile:
     raise FormatError(
         f"unknown VMM {name!r}{hint}; known are {', '.join(BUILT_IN)}, or a file NAME.json"
     )
-
-
-@functools.cache
-def _built_in(name: str) -> VmmProfile:
-    return _read(os.path.join(_FOLDER, f"{name}.json"), name)
-
-
-def _read(path: str, name: str) -> VmmProfile:
-    from kvmlaunch.images.vmm_file import parse_vmm
-
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_SIZE_MOST + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise ImageError(name, f"can't be read: {reason or error}") from None
-    try:
-        if len(raw) > _SIZE_MOST:
-            raise FormatError("a VMM profile has at most 1 MiB")
-        return parse_vmm(raw)
-    except FormatError as error:
-        raise ImageError(name, error.rule) from None

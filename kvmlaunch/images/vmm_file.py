@@ -27,7 +27,9 @@ CS.base and RIP follow from ``eip``, SEV_FEATURES are the guest's.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -35,7 +37,7 @@ from collections.abc import Mapping
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
 from kvmlaunch.abi.reset import BSP_EIP
 from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Vmsa
-from kvmlaunch.errors import FormatError
+from kvmlaunch.errors import FormatError, ImageError
 from kvmlaunch.images.ovmf_table import SECTION_TYPES
 from kvmlaunch.images.plan import SYNC_VMSA_GPA
 from kvmlaunch.images.vmm import BUILT_IN, VcpuStart, VmmProfile, load_vmm
@@ -44,9 +46,12 @@ TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.p
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["FORMAT", "parse_vmm"]
+__all__ = ["FORMAT", "built_in", "parse_vmm", "read_vmm"]
 
 FORMAT = "kvmlaunch.vmm/1"
+
+_FOLDER = os.path.join(os.path.dirname(__file__), "vmms")
+_SIZE_MOST = 1 << 20
 
 _VALUES = (
     *("pages", "sections", "registers", "bsp", "ap", "kernel_hashes", "svsm", "vmsa_gpa"),
@@ -74,6 +79,28 @@ _ELSEWHERE = {
 }
 _GPA_BITS = 52
 _NAME_MOST = 40
+
+
+@functools.cache
+def built_in(name: str) -> VmmProfile:
+    """A profile of the package, by its exact name."""
+    return read_vmm(os.path.join(_FOLDER, f"{name}.json"), name)
+
+
+def read_vmm(path: str, name: str) -> VmmProfile:
+    """The profile in a file. Raises ImageError, which calls the file ``name``."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_SIZE_MOST + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise ImageError(name, f"can't be read: {reason or error}") from None
+    try:
+        if len(raw) > _SIZE_MOST:
+            raise FormatError("a VMM profile has at most 1 MiB")
+        return parse_vmm(raw)
+    except FormatError as error:
+        raise ImageError(name, error.rule) from None
 
 
 def parse_vmm(raw: bytes) -> VmmProfile:

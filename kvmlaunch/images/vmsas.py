@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -105,7 +104,7 @@ def check_vmsas(plan: LaunchPlan) -> None:
             )
 
 
-class SyncFallback(namedtuple("SyncFallback", "plan lost dropped")):
+class SyncFallback(Record):
     """A plan whose VMSAs were turned into register state.
 
     ``lost``: (vCPU, field) where KVM will measure (``b``) something else than the VMSA holds

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Iterator
-
 from kvmlaunch import hashing
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.page import PAGE_SIZE, Buffer, PageType
+from kvmlaunch.abi.record import Record
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images.plan import LaunchPlan, PageRange
@@ -16,6 +14,8 @@ from kvmlaunch.images.sync_vmsas import finish_vmsas
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from kvmlaunch.launch.records import PageRecord, RecordBatch
 
 __all__ = [
@@ -33,7 +33,7 @@ _FAULT_PAGES = 128  # for each place: where one page is touched, the kernel maps
 _CHUNK_PAGES = 2048  # hashed in one go: what of a mapped file is in memory at a time
 
 
-class Measurement(namedtuple("Measurement", "digest pages")):
+class Measurement(Record):
     """A predicted launch digest: ``digest`` (48 bytes) and the number of ``pages``."""
 
     digest: bytes

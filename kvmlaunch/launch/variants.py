@@ -426,8 +426,8 @@ def _patched(page: bytes, fields: Mapping[str, int]) -> bytes:
     """A VMSA page with other values; much faster than a `Vmsa` with them."""
     made = bytearray(page)
     for name, value in fields.items():
-        _, offset, size = _FIELDS[name]
-        made[offset : offset + size] = value.to_bytes(size, "little")
+        field = _FIELDS[name]
+        made[field.offset : field.offset + field.size] = value.to_bytes(field.size, "little")
     return bytes(made)
 
 

@@ -98,12 +98,12 @@ def _instead(expected: Vmsa, others: Sequence[Vmsa]) -> Iterator[tuple[str, Vmsa
 
 def _field_by_field(expected: Vmsa, untouched: Vmsa) -> Iterator[tuple[str, Vmsa]]:
     """One field was not applied: it is as in an untouched vCPU, or zero."""
-    for name, _, _ in VMSA_FIELDS:
+    for name in (field.name for field in VMSA_FIELDS):
         reset = expected.replace(**{name: getattr(untouched, name)})
         yield f"{name} as in a vCPU that nobody touched", reset
         yield f"{name} is zero", expected.replace(**{name: _zero(expected, name)})
         if isinstance(getattr(expected, name), Segment):
-            for part, _, _ in SEGMENT_FIELDS:
+            for part in (field.name for field in SEGMENT_FIELDS):
                 value = untouched.get(f"{name}.{part}")
                 yield (
                     f"{name}.{part} as in a vCPU that nobody touched",

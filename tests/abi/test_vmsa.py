@@ -73,9 +73,8 @@ def test_segment_decode_of_short_input_is_format_error() -> None:
 
 @pytest.mark.parametrize("field", SEGMENT_FIELDS, ids=lambda f: f.name)
 def test_segment_with_wide_value_names_the_part(field: VmsaField) -> None:
-    name, _, size = field
-    with pytest.raises(FormatError, match=name):
-        Segment(**{name: 1 << size * 8})
+    with pytest.raises(FormatError, match=field.name):
+        Segment(**{field.name: 1 << field.size * 8})
 
 
 @given(st.binary(min_size=16, max_size=16))
@@ -89,18 +88,16 @@ def test_encode_of_default_is_zeros() -> None:
 
 @pytest.mark.parametrize("field", INT_FIELDS, ids=lambda f: f.name)
 def test_encode_of_largest_value_fills_exactly_its_field(field: VmsaField) -> None:
-    name, offset, size = field
-    page = Vmsa().replace(**{name: (1 << size * 8) - 1}).encode()
+    page = Vmsa().replace(**{field.name: (1 << field.size * 8) - 1}).encode()
     want = bytearray(4096)
-    want[offset : offset + size] = b"\xff" * size
+    want[field.offset : field.offset + field.size] = b"\xff" * field.size
     assert page == want
 
 
 @pytest.mark.parametrize("field", INT_FIELDS, ids=lambda f: f.name)
 def test_vmsa_with_wide_value_names_the_field(field: VmsaField) -> None:
-    name, _, size = field
-    with pytest.raises(FormatError, match=f"^{name} "):
-        Vmsa().replace(**{name: 1 << size * 8})
+    with pytest.raises(FormatError, match=f"^{field.name} "):
+        Vmsa().replace(**{field.name: 1 << field.size * 8})
 
 
 def test_vmsa_with_negative_value_is_format_error() -> None:

@@ -16,7 +16,8 @@ from tests.images.builders import ovmf
 # What measuring firmware has no use for, and what takes longer than the measurement.
 IDLE = {
     *("base64", "difflib", "hashlib", "pathlib", "platform", "shutil", "tempfile", "typing"),
-    *("argparse", "copy", "dataclasses", "gettext", "importlib", "inspect", "json", "locale"),
+    *("argparse", "bisect", "collections", "copy", "dataclasses", "enum", "functools", "gettext"),
+    *("importlib", "inspect", "json", "locale", "operator", "types"),
     *("re", "warnings", "weakref", "kvmlaunch.cli.parser", "kvmlaunch.images.vmm_file"),
     *("uuid", "kvmlaunch.abi.policy", "kvmlaunch.launch.legacy", "kvmlaunch.launch.pagelog"),
     *("kvmlaunch.launch.records", "kvmlaunch.launch.sync_fallback"),

@@ -29,9 +29,9 @@ from kvmlaunch.images.igvm import format as fmt
 from kvmlaunch.images.igvm.format import DataType, HeaderType, PageFlag, PlatformType
 from kvmlaunch.images.igvm.params import Launch, parameter_bytes
 from kvmlaunch.images.igvm.parse import IgvmFile, Item
-from kvmlaunch.images.igvm.pieces import FilePieces
 from kvmlaunch.images.options import PlanOptions, outside_memory
-from kvmlaunch.images.plan import PageRange, Piece, Pieces
+from kvmlaunch.images.pieces import FilePieces
+from kvmlaunch.images.plan import PageRange, Piece
 
 __all__ = ["RANGES_MOST", "Directives", "vcpus_of", "walk"]
 
@@ -216,7 +216,7 @@ class _Walk:
         size: int,
         type_: PageType,
         label: str,
-        pieces: tuple[Piece, ...] | Pieces = (),
+        pieces: tuple[Piece, ...] | FilePieces = (),
     ) -> PageRange:
         if len(self.steps) + len(self.shared) >= RANGES_MOST:
             raise self.file.fail(item, f"more than {RANGES_MOST} ranges of successive pages")

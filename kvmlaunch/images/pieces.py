@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import overload
 
 from kvmlaunch.abi.page import PAGE_SIZE
-from kvmlaunch.images.plan import Piece, Pieces
+from kvmlaunch.images.plan import Piece
 from kvmlaunch.images.source import ImageSource
 
 __all__ = ["FilePieces"]
 
 
-class FilePieces(Pieces):
+class FilePieces(Sequence[Piece]):
     """Whole pages of a file as the pieces of a range, each made when it is asked for."""
 
     __slots__ = ("_name", "_pages", "_source")
@@ -36,7 +36,7 @@ class FilePieces(Pieces):
             pages.extend((page, file_offset, count))
 
     def following(self, offset: int) -> int:
-        """Index of the first piece that begins behind ``offset``."""
+        """Index of the first piece that begins behind ``offset`` (bytes from the range's start)."""
         first = self._pages
         return bisect_right(range(len(self)), offset // PAGE_SIZE, key=lambda n: first[3 * n])
 

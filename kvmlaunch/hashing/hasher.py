@@ -15,7 +15,7 @@ RECORD_SIZE = 2 * DIGEST_SIZE
 """Bytes of a page's record: CONTENTS, and the launch digest after the page."""
 
 _BATCH_PAGES = 4096  # of one call of a backend (csrc/hashing.h), then Ctrl-C gets through
-_THREADED_PAGES = 1024  # fewer are as fast without waiting for another thread
+_THREADED_PAGES = 128  # fewer are as fast without waiting for another thread
 _NO_CONTENTS = bytes(DIGEST_SIZE)
 _NO_PERMS = (0, 0, 0)
 _INFO = slice(0x60, 0x68)  # of PAGE_INFO: LENGTH to VMPL3_PERMS

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-__all__ = ["parse_command", "run_command"]
+__all__ = ["output_lost", "parse_command", "run_command"]
 
 
 def parse_command(argv: Sequence[str]) -> argparse.Namespace:
@@ -31,7 +31,13 @@ def parse_command(argv: Sequence[str]) -> argparse.Namespace:
         return args
     from kvmlaunch.cli.parser import make_parser
 
-    return make_parser(argv).parse_args(argv)
+    try:
+        try:
+            return make_parser(argv).parse_args(argv)
+        finally:
+            sys.stdout.flush()  # of --help
+    except OSError as error:
+        sys.exit(output_lost(error))
 
 
 def _quickly(words: Sequence[str]) -> argparse.Namespace | None:
@@ -53,9 +59,6 @@ def run_command(args: argparse.Namespace) -> int:
         code = int(args.command(args, talk))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        drop(sys.stdout)  # its reader has gone: nothing more can be said to it
-        return FAILED
     except FormatError as error:
         talk.error(str(error))
         return USAGE
@@ -67,11 +70,18 @@ def run_command(args: argparse.Namespace) -> int:
         talk.error("interrupted")
         return INTERRUPTED
     except OSError as error:
-        # Files are named by those who open them; what is left is the output.
+        return output_lost(error)
+
+
+def output_lost(error: OSError) -> int:
+    """Say what can't be written, unless its reader has gone; returns the exit code."""
+    # Files are named by those who open them; what is left is the output.
+    if not isinstance(error, BrokenPipeError):
+        talk = Talk(quiet=False, verbose=False)
         talk.error(f"{error.filename or 'standard output'}: {error.strerror or error}")
-        if error.filename is None:
-            drop(sys.stdout)
-        return FAILED
+    if error.filename is None:
+        drop(sys.stdout)
+    return FAILED
 
 
 def _host_lacks(error: KvmLaunchError) -> bool:

@@ -14,6 +14,8 @@ import pytest
 from kvmlaunch.cli import main
 
 SECONDS = 30
+PROGRAM = Path(__file__).resolve().parents[2] / "bin" / "kvmlaunch"
+"""The program that is installed."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def refused(done: Done) -> str:
 
 def command(*args: object) -> list[str]:
     """The argument vector of a command as a process."""
-    return [sys.executable, "-m", "kvmlaunch.cli", *(str(arg) for arg in args)]
+    return [sys.executable, str(PROGRAM), *(str(arg) for arg in args)]
 
 
 def events(path: Path) -> list[dict[str, Any]]:

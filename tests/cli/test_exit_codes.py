@@ -6,9 +6,9 @@ import base64
 import errno
 import os
 import shlex
-import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from kvmlaunch.uapi import RealPlatform, Result
-from tests.cli.command import SECONDS, Cli, command, spawn
+from tests.cli.command import PROGRAM, SECONDS, Cli, command, spawn
 from tests.guests import LINE_THEN_SPIN
 
 PLAIN = ("--platform", "kvm", "--vm-type", "plain")
@@ -275,11 +275,34 @@ def test_image_with_a_name_in_no_encoding_is_inspected(halt: Path) -> None:
     assert (done.code, done.out.splitlines()[0]) == (0, f"{halt.parent}/\\udcff.bin: flat")
 
 
-def test_installed_command_does_the_same_as_the_module(halt: Path) -> None:
-    found = shutil.which("kvmlaunch", path=os.path.dirname(command()[0]))
-    if found is None:
+@pytest.mark.parametrize("args", [("--version",), ("--help",), ("measure", "--help")])
+def test_help_to_a_full_disk_is_1(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with open("/dev/full", "wb") as full:
+        done = spawn(*args, stdout=full)
+    assert done.code == 1
+    assert done.err == "kvmlaunch: standard output: No space left on device\n"
+
+
+def test_installed_command_is_the_program_here(halt: Path) -> None:
+    installed = Path(sys.executable).with_name("kvmlaunch")
+    if not installed.exists():
         pytest.skip("kvmlaunch is not installed in this environment")
-    done = subprocess.run(
-        [found, "measure", halt], capture_output=True, text=True, check=False, timeout=SECONDS
+    assert installed.read_text().splitlines()[1:] == PROGRAM.read_text().splitlines()[1:]
+    done = subprocess.run([installed, "measure", halt], capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout.decode()) == (0, spawn("measure", halt).out)
+
+
+def test_module_does_the_same_as_the_command(halt: Path) -> None:
+    words = [sys.executable, "-m", "kvmlaunch.cli", "measure", halt]
+    done = subprocess.run(words, capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout.decode()) == (0, spawn("measure", halt).out)
+
+
+def test_command_takes_nothing_apart_at_its_end(halt: Path) -> None:
+    code = (
+        "import atexit, runpy, sys; atexit.register(print, 'end'); runpy.run_path(sys.argv.pop())"
     )
-    assert (done.returncode, done.stdout) == (0, spawn("measure", halt).out)
+    words = [sys.executable, "-c", code, "measure", halt, PROGRAM]
+    done = subprocess.run(words, capture_output=True, timeout=SECONDS)
+    assert (done.returncode, done.stdout.decode()) == (0, spawn("measure", halt).out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 from pathlib import Path
@@ -336,7 +337,7 @@ def test_show_when_stdout_is_closed_ends_quietly(halting: Path) -> None:
     from tests.cli.command import command
 
     pipe = subprocess.run(
-        f"{' '.join(command('igvm', 'show', halting))} | head -c 1",
+        f"{shlex.join(command('igvm', 'show', halting))} | head -c 1",
         shell=True,
         capture_output=True,
         timeout=30,

@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.benchmarks.first_exit import process
 from tests.benchmarks.installed import installed_python
 from tests.benchmarks.timing import Figure, compare
+from tests.cli.command import PROGRAM
 
 NEEDS_KVM = False
 
@@ -14,8 +15,7 @@ NEEDS_KVM = False
 def figures(work: Path, rounds: int) -> list[Figure]:
     """Against a Python that does nothing, and one that doesn't even look for packages."""
     python = installed_python(work)
-    program = "import sys; from kvmlaunch.cli import main; sys.exit(main(['--version']))"
-    ours = process([python, "-I", "-c", program], b"kvmlaunch ")
+    ours = process([python, "-I", str(PROGRAM), "--version"], b"kvmlaunch ")
     bare = process([python, "-I", "-S", "-c", "pass"], b"")
     usual = process([python, "-c", "pass"], b"")
     return [

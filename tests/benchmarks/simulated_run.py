@@ -16,6 +16,7 @@ from tests import guests
 from tests.benchmarks.first_exit import process
 from tests.benchmarks.softcpu import bare_hook
 from tests.benchmarks.timing import Figure, compare
+from tests.cli.command import PROGRAM
 
 NEEDS_KVM = False
 
@@ -27,8 +28,7 @@ _BUILD = guests.EXAMPLES / "guests" / "build.sh"
 def figures(work: Path, rounds: int) -> list[Figure]:
     """Both; the baselines are a bare engine's hook and a Python that does nothing."""
     hello = guests.build(work) / "hello.elf"
-    start = "import sys; from kvmlaunch.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", start, "-q", "run", "--platform", "sim", str(hello)]
+    command = [sys.executable, str(PROGRAM), "-q", "run", "--platform", "sim", str(hello)]
     ours = process(command, b"hello from a kvmlaunch guest\nSEV-SNP guest, ")
     bare = process([sys.executable, "-c", "pass"], b"")
     exits = _exits(_built(work))

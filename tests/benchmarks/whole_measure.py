@@ -17,11 +17,11 @@ from tests.benchmarks.first_exit import process
 from tests.benchmarks.installed import installed_python
 from tests.benchmarks.page_hashing import debian_ovmf
 from tests.benchmarks.timing import MIB, Figure, compare, timed
+from tests.cli.command import PROGRAM
 from tests.images.builders import METADATA_FROM_END, metadata_bytes, ovmf
 
 NEEDS_KVM = False
 
-_OURS = "import sys; from kvmlaunch.cli import main; sys.exit(main())"
 _THEIRS = "import sys; from sevsnpmeasure.cli import main; sys.exit(main())"
 _SIZE = 256 << 20
 _PEAK = (
@@ -57,7 +57,7 @@ def figures(work: Path, rounds: int) -> list[Figure]:
 
 
 def _command(python: str, options: list[str]) -> list[str]:
-    return [python, "-I", "-c", _OURS, "measure", *options]
+    return [python, "-I", str(PROGRAM), "measure", *options]
 
 
 def _pair(

@@ -12,9 +12,7 @@ from kvmlaunch.images import LaunchPlan, PlanOptions, load_image, load_vmm
 from kvmlaunch.launch.legacy import plan_legacy
 from kvmlaunch.launch.measure import firmware_digest, measure
 from tests.images import published
-
-FIXTURES = Path(__file__).parent / "fixtures"
-SVSM_FILES = ("svsm.bin", "svsm_ovmf.fd")
+from tests.images.svsm_files import FIRMWARE, FIXTURES, SVSM, SvsmFiles, stand_ins
 
 
 def plan(image: str, vmm: str, vcpus: int, features: int, append: str | None) -> LaunchPlan:
@@ -100,44 +98,49 @@ def test_vmsa_page_when_published_is_made(key: tuple[str, bool, int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def svsm_folder() -> Path:
+def svsm(tmp_path_factory: pytest.TempPathFactory) -> SvsmFiles:
     named = os.environ.get("KVMLAUNCH_SVSM")
     if not named:
-        pytest.skip("KVMLAUNCH_SVSM doesn't name a folder with sev-snp-measure's SVSM fixtures")
-    missing = [name for name in SVSM_FILES if not Path(named, name).is_file()]
+        return stand_ins(tmp_path_factory.mktemp("svsm"))
+    missing = [name for name in (SVSM, FIRMWARE) if not Path(named, name).is_file()]
     if missing:
         pytest.fail(f"KVMLAUNCH_SVSM={named} has no {' and no '.join(missing)}")
-    return Path(named)
+    return SvsmFiles(Path(named), {})
 
 
-def svsm_plan(folder: Path, vcpus: int, vmm: str, compat: str | None) -> LaunchPlan:
+def svsm_plan(svsm: SvsmFiles, vcpus: int, vmm: str, compat: str | None) -> LaunchPlan:
     options = PlanOptions(
         vcpus=vcpus,
         vmm=load_vmm(vmm),
-        svsm=folder / "svsm.bin",
+        svsm=svsm.folder / SVSM,
         vars_size=published.SVSM_VARS_SIZE,
         compat=compat,
     )
-    return load_image(folder / "svsm_ovmf.fd", options)
+    return load_image(svsm.folder / FIRMWARE, options)
 
 
 @pytest.mark.parametrize("vcpus", published.SVSM)
-def test_svsm_digest_when_published_is_that_of_the_tools_bug(svsm_folder: Path, vcpus: int) -> None:
-    buggy = svsm_plan(svsm_folder, vcpus, "QEMU", "sev-snp-measure")
-    assert measure(buggy).digest.hex() == published.SVSM[vcpus]
-    right = svsm_plan(svsm_folder, vcpus, "QEMU", None)
-    assert measure(right).digest.hex() != published.SVSM[vcpus]
+def test_svsm_digest_when_published_is_that_of_the_tools_bug(svsm: SvsmFiles, vcpus: int) -> None:
+    buggy = svsm_plan(svsm, vcpus, "QEMU", "sev-snp-measure")
+    assert svsm.digest(buggy) == published.SVSM[vcpus]
+    right = svsm_plan(svsm, vcpus, "QEMU", None)
+    assert svsm.digest(right) != published.SVSM[vcpus]
 
 
 @pytest.mark.parametrize("vcpus", published.SVSM_OLD)
 def test_svsm_digest_when_the_kernel_measured_no_fpu_is_predicted(
-    svsm_folder: Path, vcpus: int
+    svsm: SvsmFiles, vcpus: int
 ) -> None:
-    old = svsm_plan(svsm_folder, vcpus, "QEMU-before-6.10", None)
-    assert measure(old).digest.hex() == published.SVSM_OLD[vcpus]
+    old = svsm_plan(svsm, vcpus, "QEMU-before-6.10", None)
+    assert svsm.digest(old) == published.SVSM_OLD[vcpus]
 
 
-def test_svsm_vmsa_page_when_published_is_made(svsm_folder: Path) -> None:
-    state = svsm_plan(svsm_folder, 1, "QEMU", "sev-snp-measure").vcpus[0]
+def test_svsm_digest_is_that_of_the_prediction(svsm: SvsmFiles, tmp_path: Path) -> None:
+    plan = svsm_plan(svsm, 4, "QEMU", None)
+    assert SvsmFiles(tmp_path, {}).digest(plan) == measure(plan).digest.hex()
+
+
+def test_svsm_vmsa_page_when_published_is_made(svsm: SvsmFiles) -> None:
+    state = svsm_plan(svsm, 1, "QEMU", "sev-snp-measure").vcpus[0]
     assert state.rip == 0xFFAEA000
     assert hashlib.sha384(state.encode()).hexdigest() == published.SVSM_VMSA_PAGE

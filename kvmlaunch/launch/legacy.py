@@ -27,7 +27,10 @@ __all__ = ["LEGACY_MODES", "LegacyLaunch", "plan_legacy"]
 LEGACY_MODES = ("sev", "seves")
 
 _DEFAULTS = PlanOptions()
-_SNP_ONLY = ("load_addr", "entry", "vmsa_mode", "vmsas", "svsm", "firmware_digest")
+_SNP_ONLY = (
+    *("load_addr", "entry", "vmsa_mode", "vmsas", "svsm", "firmware_digest", "order"),
+    "native_zero",
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,6 @@ def figures(work: Path, rounds: int) -> list[Figure]:
     bare = process([python, "-I", "-S", "-c", "pass"], b"")
     usual = process([python, "-c", "pass"], b"")
     return [
-        compare("start: kvmlaunch --version", ours, "python -I -S -c pass", bare, rounds),
+        compare("start: kvmlaunch --version", ours, "python -I -S -c pass", bare, rounds, 3.0),
         compare("start: kvmlaunch --version", ours, "python -c pass", usual, rounds),
     ]

@@ -92,6 +92,8 @@ def test_firmware_when_several_vcpus_need_a_table_is_refused() -> None:
         {"vmsas": (VmsaChoice(),)},
         {"svsm": b"", "vars_size": 0},
         {"firmware_digest": bytes(48)},
+        {"order": "kvm"},
+        {"native_zero": True},
     ],
 )
 def test_choice_when_it_is_for_snp_is_refused(choice: dict[str, Any]) -> None:

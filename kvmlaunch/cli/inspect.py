@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from typing import Any
 
-from kvmlaunch.abi.page import PageType
 from kvmlaunch.abi.policy import describe_policy
 from kvmlaunch.abi.vmsa import SEGMENT_FIELDS, VMSA_FIELDS, Segment, Vmsa, describe_sev_features
 from kvmlaunch.cli.mode_options import add_svsm_options
@@ -79,7 +78,7 @@ def _as_json(plan: LaunchPlan) -> dict[str, Any]:
                 "origin": s.origin,
                 "fields": dict(_registers(Vmsa.decode(s.page(0)))),
             }
-            for s in _vmsas(plan)
+            for s in plan.vmsas
         ],
         "pages": dict(_pages_by_type(plan)),
         "vcpus": [dict(_registers(vcpu)) for vcpu in plan.vcpus],
@@ -124,7 +123,7 @@ def _vmsa_lines(plan: LaunchPlan) -> list[str]:
             seen.setdefault(vcpu, []).append(index)
         blocks = [(f"vCPU {_ranges(indices)}", vcpu) for vcpu, indices in seen.items()]
     else:
-        blocks = [(_vmsa_title(plan, s), Vmsa.decode(s.page(0))) for s in _vmsas(plan)]
+        blocks = [(_vmsa_title(plan, s), Vmsa.decode(s.page(0))) for s in plan.vmsas]
     lines = []
     for title, vmsa in blocks:
         lines += [f"{title} (fields that are not 0)"]
@@ -139,10 +138,6 @@ def _vmsa_title(plan: LaunchPlan, step: PageRange) -> str:
     vcpu = plan.vcpu_at(step)
     who = "measured only, no vCPU starts from it" if vcpu is None else f"vCPU {vcpu}"
     return f"VMSA at GPA {step.gpa:#x}, {who}"
-
-
-def _vmsas(plan: LaunchPlan) -> list[PageRange]:
-    return [step for step in plan.steps if step.type is PageType.VMSA]
 
 
 def _pages_by_type(plan: LaunchPlan) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmlaunch.abi.digest import format_digest, parse_digest
-from kvmlaunch.abi.page import Buffer, PageType
+from kvmlaunch.abi.page import Buffer
 from kvmlaunch.cli.mode_options import (
     LEGACY_MODES,
     add_mode_options,
@@ -183,9 +183,8 @@ def _print_digest(digest: bytes, args: argparse.Namespace) -> None:
 
 def _vmsas(plan: LaunchPlan) -> Iterable[Buffer]:
     """The VMSAs that are measured, in their order."""
-    for step in plan.steps:
-        if step.type is PageType.VMSA:
-            yield step.page(0)
+    for step in plan.vmsas:
+        yield step.page(0)
     for _, vmsa in finish_vmsas(plan):
         yield vmsa.encode()
 

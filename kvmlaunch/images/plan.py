@@ -360,6 +360,16 @@ class LaunchPlan(Record, unshown=("data", "vcpus"), unhashed=("bindings",)):
         """Number of 4 KiB pages that the steps launch (without VMSAs that KVM makes)."""
         return sum(step.npages for step in self.steps)
 
+    @property
+    def vmsas(self) -> tuple[PageRange, ...]:
+        """The steps that are VMSAs of user space, a page each."""
+        return tuple(step for step in self.steps if step.type is PageType.VMSA)
+
+    @property
+    def without_vmsas(self) -> tuple[PageRange, ...]:
+        """All other steps."""
+        return tuple(step for step in self.steps if step.type is not PageType.VMSA)
+
     def pages(self) -> Iterator[tuple[PageRange, int]]:
         """Every page in launch order, as (range, index in it)."""
         for step in self.steps:
@@ -432,7 +442,7 @@ def _check_inside(step: PageRange, memory: tuple[MemoryRegion, ...]) -> None:
 
 
 def _check_bindings(plan: LaunchPlan) -> None:
-    vmsas = [step for step in plan.steps if step.type is PageType.VMSA]
+    vmsas = plan.vmsas
     for step in vmsas:
         if step.npages != 1:
             raise FormatError(f"{step.label} has {step.npages} pages, a VMSA is one")

@@ -86,9 +86,7 @@ def supply_vmsas(
 
 def check_vmsas(plan: LaunchPlan) -> None:
     """Refuse VMSAs that the kernel would refuse, by field name and rule: FormatError."""
-    for step in plan.steps:
-        if step.type is not PageType.VMSA:
-            continue
+    for step in plan.vmsas:
         vmsa, where = Vmsa.decode(step.page(0)), f"{step.label} ({step.origin_of(0)})"
         if vmsa.vmpl:
             raise FormatError(f"{where}: vmpl is {vmsa.vmpl}, but a guest starts at VMPL 0")
@@ -122,21 +120,18 @@ def to_sync(plan: LaunchPlan) -> SyncFallback:
     Raises FormatError for a state that KVM would refuse.
     """
     states, lost, dropped = list(plan.vcpus), [], []
-    for step in plan.steps:
-        if step.type is not PageType.VMSA:
-            continue
+    for step in plan.vmsas:
         vmsa, vcpu = Vmsa.decode(step.page(0)), plan.vcpu_at(step)
         if vcpu is None:
             dropped.append(step)
             continue
         states[vcpu] = vmsa
         lost += [(vcpu, field) for field in not_carried(vmsa, sev_features=plan.sev_features)]
-    kept = tuple(step for step in plan.steps if step.type is not PageType.VMSA)
     return SyncFallback(
         replace(
             plan,
             memory=tuple(_without_vmsas(plan)),
-            steps=kept,
+            steps=plan.without_vmsas,
             vcpus=tuple(states),
             bindings={},
             vmsa_mode=VmsaMode.SYNC,
@@ -148,9 +143,8 @@ def to_sync(plan: LaunchPlan) -> SyncFallback:
 
 def _without_vmsas(plan: LaunchPlan) -> Iterator[MemoryRegion]:
     """The plan's memory but what is there for VMSAs alone."""
-    vmsas = [step for step in plan.steps if step.type is PageType.VMSA]
     for region in plan.memory:
-        held = sum(step.size for step in vmsas if region.gpa <= step.gpa < region.end)
+        held = sum(step.size for step in plan.vmsas if region.gpa <= step.gpa < region.end)
         if held != region.size:
             yield region
 

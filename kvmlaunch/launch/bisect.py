@@ -176,9 +176,8 @@ class _Search:
     def _page(self, record: PageRecord) -> Bisection:
         if record.type is not PageType.VMSA:
             return self._found(record, "first at a page")
-        steps = [step for step in self.plan.steps if step.type is PageType.VMSA]
-        step = next(step for step in steps if step.gpa == record.gpa)
-        others = [Vmsa.decode(other.page(0)) for other in steps if other is not step]
+        step = next(step for step in self.plan.vmsas if step.gpa == record.gpa)
+        others = [Vmsa.decode(other.page(0)) for other in self.plan.vmsas if other is not step]
         alone = replace(prefix(self.plan, 0), steps=(step,))
         guesses = guess_vmsas((), Vmsa.decode(step.page(0)), others)
         fits = self._first_right(guesses, alone, step.gpa)

@@ -123,13 +123,12 @@ class Asked:
     @cached_property
     def steps(self) -> tuple[PageRange, ...]:
         """The launch's steps without VMSAs."""
-        return tuple(step for step in self.plan.steps if step.type is not PageType.VMSA)
+        return self.plan.without_vmsas
 
     @cached_property
     def state(self) -> Vmsa:
         """The first VMSA."""
-        vmsas = (step for step in self.plan.steps if step.type is PageType.VMSA)
-        first = next(vmsas, None)
+        first = next(iter(self.plan.vmsas), None)
         return Vmsa.decode(first.page(0)) if first else self.plan.vcpus[0]
 
     @property

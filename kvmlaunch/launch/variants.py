@@ -99,7 +99,7 @@ class Variants:
         self._tables = None
         if self._profile is not None:
             self._tables = parse_table(ImageSource(plan.image, plan.data))
-        self._vmsas = [step for step in plan.steps if step.type is PageType.VMSA]
+        self._vmsas = plan.vmsas
         self._parts: dict[tuple[Any, ...], _Part] = {}
         self._digests: dict[tuple[bytes, _Part], bytes] = {}
         self._layouts: dict[tuple[Any, ...], _Layout | None] = {}

@@ -79,6 +79,12 @@ class IoctlError(KvmLaunchError, OSError):
         self.fields = dict(fields or {})
         self.explanation = explanation
 
+    @property
+    def no_device(self) -> bool:
+        """Whether a device was to be opened that the host hasn't (not: that may not be used)."""
+        missing = (_errno.ENOENT, _errno.ENXIO, _errno.ENODEV)
+        return self.ioctl.startswith("open ") and self.errno in missing
+
     def __str__(self) -> str:
         assert self.errno is not None
         # QEMU's spelling: SNP_LAUNCH_START, but KVM_SEV_INIT2.

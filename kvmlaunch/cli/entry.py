@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 
 from kvmlaunch.cli.talk import (
@@ -85,8 +84,6 @@ def output_lost(error: OSError) -> int:
 
 
 def _host_lacks(error: KvmLaunchError) -> bool:
-    """True if the host has no such device or capability (not: if it may not be used)."""
     if isinstance(error, IoctlError):
-        missing = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
-        return error.ioctl.startswith("open ") and error.errno in missing
+        return error.no_device
     return isinstance(error, MissingCapability)

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from kvmlaunch.abi.digest import format_digest, parse_digest
 from kvmlaunch.abi.page import Buffer
-from kvmlaunch.cli.mode_options import (
-    LEGACY_MODES,
-    add_mode_options,
-    add_svsm_options,
-    chosen_mode,
-)
+from kvmlaunch.cli.mode_options import add_mode_options, add_svsm_options, chosen_mode
 from kvmlaunch.cli.options import (
     add_image_options,
     add_launch_options,
@@ -22,7 +17,7 @@ from kvmlaunch.cli.talk import DONE, FAILED, Talk, help_width
 from kvmlaunch.cli.vmsa_options import as_asked
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import LaunchPlan, load_image
-from kvmlaunch.images.options import lacks_snp_active
+from kvmlaunch.images.options import LEGACY_MODES, lacks_snp_active
 from kvmlaunch.images.sync_vmsas import finish_vmsas
 from kvmlaunch.launch.measure import firmware_digest, measure, record_batches
 

@@ -8,7 +8,7 @@ import stat
 from kvmlaunch.abi.digest import parse_digest
 from kvmlaunch.cli.quick import bad_argument
 from kvmlaunch.errors import FormatError, ImageError
-from kvmlaunch.images.options import COMPAT
+from kvmlaunch.images.options import COMPAT, LEGACY_MODES
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kvmlaunch.cli.quick import Parser
 
 __all__ = [
-    "LEGACY_MODES",
     "MODES",
     "add_mode_options",
     "add_svsm_options",
@@ -26,8 +25,7 @@ __all__ = [
     "mode_choices",
 ]
 
-MODES = ("snp", "snp:ovmf-hash", "snp:svsm", "seves", "sev")
-LEGACY_MODES = ("seves", "sev")
+MODES = ("snp", "snp:ovmf-hash", "snp:svsm", *LEGACY_MODES)
 
 _CHUNK = 1 << 20
 

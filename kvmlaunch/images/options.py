@@ -34,6 +34,7 @@ __all__ = [
     "DEFAULT_MEMORY",
     "DEFAULT_SIGNATURE",
     "IMAGE_TYPES",
+    "LEGACY_MODES",
     "MAX_VCPUS",
     "ORDERS",
     "Blob",
@@ -50,6 +51,8 @@ DEFAULT_MEMORY = 256 << 20
 """RAM of a guest whose memory size nobody chose."""
 DEFAULT_SIGNATURE = 0x800F12
 """CPUID signature of QEMU's EPYC-v4, which sev-snp-measure's users mostly name."""
+LEGACY_MODES = ("seves", "sev")
+"""Launches without SNP, see `kvmlaunch.launch.legacy`."""
 COMPAT = ("sev-snp-measure",)
 """Tools whose known bugs a plan can repeat."""
 IMAGE_TYPES = ("auto", "flat", "elf", "ovmf", "igvm")

@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from kvmlaunch.abi.kernel_hashes import KernelHashes
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError, ImageError
-from kvmlaunch.images.options import PlanOptions
+from kvmlaunch.images.options import LEGACY_MODES, PlanOptions
 from kvmlaunch.images.ovmf_hashes import check_hashes_place, read_hashes
 from kvmlaunch.images.ovmf_pages import check_size
 from kvmlaunch.images.ovmf_table import has_table, parse_table
 from kvmlaunch.images.source import ImageSource, open_image
 from kvmlaunch.images.vmm import default_vmm
 
-__all__ = ["LEGACY_MODES", "LegacyLaunch", "plan_legacy"]
-
-LEGACY_MODES = ("sev", "seves")
+__all__ = ["LegacyLaunch", "plan_legacy"]
 
 _DEFAULTS = PlanOptions()
 _SNP_ONLY = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,6 @@ PASSED = 0
 FAILED = 1
 ALL_SKIPPED = 4
 
-_NO_DEVICE = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
 _RISK = "a kernel with a known bug may crash here; --risky runs it"
 
 
@@ -62,7 +60,7 @@ def conduct(
         report.skip_all(str(error))
         return ALL_SKIPPED
     except IoctlError as error:
-        if error.errno not in _NO_DEVICE:
+        if not error.no_device:
             raise
         report.skip_all(str(error).splitlines()[0])
         return ALL_SKIPPED

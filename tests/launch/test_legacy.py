@@ -103,5 +103,5 @@ def test_choice_when_it_is_for_snp_is_refused(choice: dict[str, Any]) -> None:
 
 
 def test_mode_when_unknown_is_refused() -> None:
-    with pytest.raises(FormatError, match="mode 'snp' is not one of sev, seves"):
+    with pytest.raises(FormatError, match="mode 'snp' is not one of seves, sev"):
         plan_legacy(b"", "snp")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kvmlaunch.errors import FormatError, IoctlError, MissingCapability
+from kvmlaunch.kvm import Kvm
 from kvmlaunch.selftest import Host, Json, Ktap, Spec, Verdict, conduct, run_one, select
 from kvmlaunch.selftest.answer import MARK, Answer
 from kvmlaunch.selftest.case import Case, Skip
@@ -168,6 +169,15 @@ def test_run_when_there_is_no_device_is_skipped_as_a_whole(code: int) -> None:
 def test_run_when_the_device_may_not_be_opened_is_an_error() -> None:
     with pytest.raises(IoctlError, match="EACCES"):
         conduct(Without(13), [spec(passes)], Ktap(io.StringIO(), {}))  # type: ignore[arg-type]
+
+
+def test_run_when_a_call_of_the_host_fails_so_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Kvm) -> bool:
+        raise IoctlError("KVM_CHECK_EXTENSION", 6)
+
+    monkeypatch.setattr(Kvm, "supports_snp", fail)
+    with SimPlatform("6.12") as platform, pytest.raises(IoctlError, match="ENXIO"):
+        conduct(platform, [spec(passes)], Ktap(io.StringIO(), {}))
 
 
 def test_run_when_the_host_has_no_snp_is_skipped_as_a_whole(

@@ -83,6 +83,7 @@ class Record:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         if not named and len(values) == len(self.__match_args__) == len(self._types):
+            # All of them in order, as tables are made: in half the time.
             vars(self).update(zip(self.__match_args__, values, strict=True))
             self.__post_init__()
             return

@@ -19,6 +19,7 @@ from kvmlaunch.errors import FormatError
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any
 
     from kvmlaunch.images.pieces import FilePieces
 
@@ -44,7 +45,7 @@ SYNC_VMSA_GPA = 0xFFFF_FFFF_F000
 """GPA at which KVM has the VMSAs that it makes itself measured (INITIAL_VMSA_GPA in svm/sev.c)."""
 
 _ZEROS = memoryview(bytes(256 * PAGE_SIZE))
-_NO_BINDINGS: Mapping[int, int] = {}
+_NO_BINDINGS: Any = type(vars(type))({})  # types.MappingProxyType, whose import is one more
 _GPA_LIMIT = 1 << 52  # most physical address bits of x86-64 (APM volume 2, section 5.3)
 
 

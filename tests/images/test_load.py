@@ -108,6 +108,12 @@ def test_plan_when_loaded_holds_the_options() -> None:
     assert [vcpu.sev_features for vcpu in plan.vcpus] == [0x21] * 3
 
 
+def test_plan_without_bindings_takes_none_later() -> None:
+    with pytest.raises(TypeError):
+        load_image(b"\xf4").bindings[0] = 0x1000  # type: ignore[index]
+    assert not load_image(b"\xf4").bindings
+
+
 def test_exports_are_sorted_and_exist() -> None:
     assert images.__all__ == sorted(images.__all__, key=lambda name: (name.islower(), name))
     assert all(hasattr(images, name) for name in images.__all__)

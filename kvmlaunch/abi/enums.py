@@ -1,8 +1,8 @@
 """Enumerations as `enum` makes them, for what every short command needs.
 
 To import `enum`, and all that it needs, takes longer than to measure firmware. Here members are
-what a class names in capitals, and there are no aliases. enums.pyi tells type checkers that the
-classes are those of `enum`.
+what a class names in capitals, there are no aliases, and none is an `enum.Enum`. enums.pyi tells
+type checkers that the classes are those of `enum`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Enumeration(type):
     def __call__(cls, value: object) -> Any:
         try:
             return cls._by_value[value]
-        except KeyError:
+        except (KeyError, TypeError):  # what can't be hashed is no value
             raise ValueError(f"{value!r} is not a valid {cls.__qualname__}") from None
 
     def __getitem__(cls, name: str) -> Any:
@@ -44,6 +44,9 @@ class _Enumeration(type):
 
     def __iter__(cls) -> Iterator[Any]:
         return iter(cls.__members__.values())
+
+    def __reversed__(cls) -> Iterator[Any]:
+        return reversed(cls.__members__.values())
 
     def __contains__(cls, value: object) -> bool:
         return value in cls._by_value
@@ -55,6 +58,11 @@ class _Enumeration(type):
         if name in vars(cls).get("__members__", ()):
             raise AttributeError(f"cannot reassign member {name!r}")
         super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if name in cls.__members__:
+            raise AttributeError(f"cannot delete member {name!r}")
+        super().__delattr__(name)
 
 
 class _Member:

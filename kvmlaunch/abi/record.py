@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from dataclasses import Field
     from typing import Any
 
-__all__ = ["Record"]
+__all__ = ["Record", "read_only"]
+
+read_only = type(vars(type))
+"""`types.MappingProxyType`, a mapping that nobody changes, without the import of `types`."""
 
 
 class _Fields:

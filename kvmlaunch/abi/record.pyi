@@ -1,9 +1,12 @@
 # What type checkers see of a record: to them it is a frozen dataclass.
 from collections.abc import Mapping
 from dataclasses import Field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from typing_extensions import Self, dataclass_transform
+
+read_only = MappingProxyType
 
 @dataclass_transform(frozen_default=True)
 class Record:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from kvmlaunch.errors import FormatError
 
 from ._check import uint
+from .record import read_only
 from .segment import Segment
 from .vmsa import Vmsa
 
@@ -126,13 +127,15 @@ _MILAN = vcpu_signature(25, 1, 1)
 _GENOA = vcpu_signature(25, 17, 0)
 _TURIN = vcpu_signature(26, 0, 0)
 
-VCPU_TYPES: Mapping[str, int] = {
-    **dict.fromkeys(("EPYC", *(f"EPYC-v{n}" for n in range(1, 6)), "EPYC-IBPB"), _NAPLES),
-    **dict.fromkeys(("EPYC-Rome", *(f"EPYC-Rome-v{n}" for n in range(1, 6))), _ROME),
-    **dict.fromkeys(("EPYC-Milan", *(f"EPYC-Milan-v{n}" for n in range(1, 4))), _MILAN),
-    **dict.fromkeys(("EPYC-Genoa", "EPYC-Genoa-v1", "EPYC-Genoa-v2"), _GENOA),
-    **dict.fromkeys(("EPYC-Turin", "EPYC-Turin-v1"), _TURIN),
-}
+VCPU_TYPES: Mapping[str, int] = read_only(
+    {
+        **dict.fromkeys(("EPYC", *(f"EPYC-v{n}" for n in range(1, 6)), "EPYC-IBPB"), _NAPLES),
+        **dict.fromkeys(("EPYC-Rome", *(f"EPYC-Rome-v{n}" for n in range(1, 6))), _ROME),
+        **dict.fromkeys(("EPYC-Milan", *(f"EPYC-Milan-v{n}" for n in range(1, 4))), _MILAN),
+        **dict.fromkeys(("EPYC-Genoa", "EPYC-Genoa-v1", "EPYC-Genoa-v2"), _GENOA),
+        **dict.fromkeys(("EPYC-Turin", "EPYC-Turin-v1"), _TURIN),
+    }
+)
 """vCPU signature by QEMU's model name: all EPYC models of a QEMU that has EPYC-Turin (10.1 or
 newer), whose versions differ in features only. Source: QEMU target/i386/cpu.c builtin_x86_defs
 (family, model, stepping), and the list of `qemu-system-x86_64 -device help`."""

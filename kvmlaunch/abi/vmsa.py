@@ -16,7 +16,7 @@ from kvmlaunch.errors import FormatError
 from ._check import exact_size, sized_bytes, uint
 from ._layout import Runs, canonical_runs, find_gaps, find_runs
 from .page import PAGE_SIZE, Buffer
-from .record import Record
+from .record import Record, read_only
 from .segment import SEGMENT_FIELDS, SEGMENT_SIZE, Segment, VmsaField
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
@@ -37,26 +37,28 @@ __all__ = [
     "field_at",
 ]
 
-SEV_FEATURES: Mapping[str, int] = {
-    "snp_active": 0,
-    "vtom": 1,
-    "reflect_vc": 2,
-    "restricted_injection": 3,
-    "alternate_injection": 4,
-    "debug_swap": 5,
-    "prevent_host_ibs": 6,
-    "btb_isolation": 7,
-    "vmpl_sss": 8,
-    "secure_tsc": 9,
-    "vmgexit_parameter": 10,
-    "pmc_virtualization": 11,
-    "ibs_virtualization": 12,
-    "guest_intercept_control": 13,
-    "vmsa_reg_prot": 14,
-    "smt_protection": 15,
-    "secure_avic": 16,
-    "ibpb_on_entry": 21,
-}
+SEV_FEATURES: Mapping[str, int] = read_only(
+    {
+        "snp_active": 0,
+        "vtom": 1,
+        "reflect_vc": 2,
+        "restricted_injection": 3,
+        "alternate_injection": 4,
+        "debug_swap": 5,
+        "prevent_host_ibs": 6,
+        "btb_isolation": 7,
+        "vmpl_sss": 8,
+        "secure_tsc": 9,
+        "vmgexit_parameter": 10,
+        "pmc_virtualization": 11,
+        "ibs_virtualization": 12,
+        "guest_intercept_control": 13,
+        "vmsa_reg_prot": 14,
+        "smt_protection": 15,
+        "secure_avic": 16,
+        "ibpb_on_entry": 21,
+    }
+)
 """Bit numbers of SEV_FEATURES (VMSA offset 0x3B0), by name."""
 
 

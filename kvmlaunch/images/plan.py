@@ -12,14 +12,13 @@ from kvmlaunch.abi.defaults import DEFAULT_POLICY
 from kvmlaunch.abi.digest import DIGEST_SIZE
 from kvmlaunch.abi.enums import StrEnum
 from kvmlaunch.abi.page import PAGE_SIZE, PageType
-from kvmlaunch.abi.record import Record
+from kvmlaunch.abi.record import Record, read_only
 from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 
 TYPE_CHECKING = False  # typing's takes long to import, see kvmlaunch/__init__.py
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from typing import Any
 
     from kvmlaunch.images.pieces import FilePieces
 
@@ -45,7 +44,6 @@ SYNC_VMSA_GPA = 0xFFFF_FFFF_F000
 """GPA at which KVM has the VMSAs that it makes itself measured (INITIAL_VMSA_GPA in svm/sev.c)."""
 
 _ZEROS = memoryview(bytes(256 * PAGE_SIZE))
-_NO_BINDINGS: Any = type(vars(type))({})  # types.MappingProxyType, whose import is one more
 _GPA_LIMIT = 1 << 52  # most physical address bits of x86-64 (APM volume 2, section 5.3)
 
 
@@ -331,7 +329,7 @@ class LaunchPlan(Record, unshown=("data", "vcpus"), unhashed=("bindings",)):
     vcek_disabled: bool = False
     partial: bool = False
     vmsa_mode: VmsaMode = VmsaMode.SYNC
-    bindings: Mapping[int, int] = _NO_BINDINGS
+    bindings: Mapping[int, int] = read_only({})
     forced: bool = False
     vmm: str = ""
     as_given: bool = False

@@ -72,11 +72,13 @@ def outcome(call: Callable[[Any, Any], Any], kind: Any, value: object) -> Any:
         lambda kind, value: isinstance(kind(value), kind),
         lambda kind, value: kind(3),
         lambda kind, value: kind("x"),
+        lambda kind, value: kind([1]),
         lambda kind, value: kind["ONE"].value,
         lambda kind, value: kind["SYNC"].value,
         lambda kind, value: kind["one"],
         lambda kind, value: list(kind.__members__),
         lambda kind, value: [member.name for member in kind],
+        lambda kind, value: [member.name for member in reversed(kind)],
         lambda kind, value: [member in kind for member in kind],
         lambda kind, value: isinstance(kind, Collection),
         lambda kind, value: len(kind),
@@ -113,6 +115,8 @@ def test_str_of_a_member_is_that_of_its_value(kind: Any) -> None:
 def test_member_that_is_assigned_is_refused() -> None:
     with pytest.raises(AttributeError, match="cannot reassign member 'ONE'"):
         OurNumber.ONE = 3  # type: ignore[misc, assignment]
+    with pytest.raises(AttributeError, match="cannot delete member 'ONE'"):
+        del OurNumber.ONE
     assert OurNumber.ONE == 1
 
 

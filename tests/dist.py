@@ -31,7 +31,7 @@ NEEDED = (
     ),
     *("kvmlaunch/__init__.py", "kvmlaunch/py.typed", "kvmlaunch/uapi/_ext.pyi"),
     *("kvmlaunch/softcpu/_hooks.pyi", "kvmlaunch/selftest/payloads.S"),
-    *("kvmlaunch/hashing/_ext.pyi", "kvmlaunch/abi/record.pyi"),
+    *("kvmlaunch/hashing/_ext.pyi", "kvmlaunch/abi/record.pyi", "kvmlaunch/abi/enums.pyi"),
     *PROFILES,
 )
 JUNK = re.compile(
@@ -41,7 +41,7 @@ JUNK = re.compile(
 IN_WHEEL = (
     *("kvmlaunch/cli/__init__.py", "kvmlaunch/py.typed"),
     *("kvmlaunch/uapi/_ext.abi3.so", "kvmlaunch/softcpu/_hooks.abi3.so"),
-    "kvmlaunch/hashing/_ext.abi3.so",
+    *("kvmlaunch/hashing/_ext.abi3.so", "kvmlaunch/abi/record.pyi", "kvmlaunch/abi/enums.pyi"),
     *PROFILES,
 )
 
@@ -112,8 +112,9 @@ def check_wheel(wheel: Path) -> None:
 
 def use_wheel(wheel: Path, folder: Path) -> None:
     """Install the wheel where nothing else is, and use it from another folder."""
-    run(sys.executable, "-m", "venv", folder / "venv")
-    commands = folder / "venv" / "bin"
+    environment = folder / "an environment"  # with a blank, which not every first line takes
+    run(sys.executable, "-m", "venv", environment)
+    commands = environment / "bin"
     run(commands / "python", "-m", "pip", "install", "--quiet", wheel)
     step("installed the wheel in a fresh venv")
     with tempfile.TemporaryDirectory(dir=folder) as elsewhere:

@@ -18,7 +18,7 @@ __all__ = ["command", "main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    if list(words) == ["--version"] and sys.stdout is not None:
+    if list(words) == ["--version"] and None not in (sys.stdout, sys.stderr):
         from kvmlaunch.version import __version__
 
         try:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The installed command: `main`, which leaves nothing unwritten, and the process's end.
+    """The installed command: `main`, whose output is written then, and the process's end.
 
     To take the interpreter apart first would take as long as the measurement of firmware.
     """

@@ -56,20 +56,24 @@ def run_command(args: argparse.Namespace) -> int:
     talk = Talk(quiet=args.quiet, verbose=args.verbose)
     try:
         code = int(args.command(args, talk))
-        sys.stdout.flush()
-        return code
     except FormatError as error:
         talk.error(str(error))
-        return USAGE
+        code = USAGE
     except KvmLaunchError as error:
         talk.error(str(error))
         asked = getattr(args, "platform", "auto") == "kvm"
-        return SKIPPED if asked and _host_lacks(error) else FAILED
+        code = SKIPPED if asked and _host_lacks(error) else FAILED
     except KeyboardInterrupt:
         talk.error("interrupted")
-        return INTERRUPTED
+        code = INTERRUPTED
     except OSError as error:
-        return output_lost(error)
+        code = output_lost(error)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        lost = output_lost(error)
+        code = code or lost
+    return code
 
 
 def output_lost(error: OSError) -> int:

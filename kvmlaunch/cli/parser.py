@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from kvmlaunch.cli.talk import help_width
 from kvmlaunch.version import __version__
@@ -29,7 +31,16 @@ exit codes:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, without a bug of older Pythons: the value in ``--option=--`` is [] to them."""
+    """argparse's, which is not silent where standard output takes no help.
+
+    And without a bug of older Pythons: the value in ``--option=--`` is [] to them.
+    """
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
         if not action.option_strings or action.nargs is not None or arg_strings != ["--"]:

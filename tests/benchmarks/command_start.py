@@ -15,7 +15,7 @@ NEEDS_KVM = False
 def figures(work: Path, rounds: int) -> list[Figure]:
     """Against a Python that does nothing, and one that doesn't even look for packages."""
     python = installed_python(work)
-    ours = process([python, "-I", str(PROGRAM), "--version"], b"kvmlaunch ")
+    ours = process([python, "-I", *PROGRAM, "--version"], b"kvmlaunch ")
     bare = process([python, "-I", "-S", "-c", "pass"], b"")
     usual = process([python, "-c", "pass"], b"")
     return [

@@ -21,7 +21,7 @@ def figures(work: Path, rounds: int) -> list[Figure]:
     """Both comparisons."""
     guest = guests.build(work) / "hello.elf"
     command = ["run", "--platform", "kvm", "--vm-type", "plain", str(guest)]
-    ours = process([sys.executable, str(PROGRAM), *command], _HELLO)
+    ours = process([sys.executable, *PROGRAM, *command], _HELLO)
     in_c = process([str(compiled("launcher", work)), str(guest)], _HELLO)
     bare = process([sys.executable, "-c", "pass"], b"")
     return [

@@ -28,7 +28,7 @@ _BUILD = guests.EXAMPLES / "guests" / "build.sh"
 def figures(work: Path, rounds: int) -> list[Figure]:
     """Both; the baselines are a bare engine's hook and a Python that does nothing."""
     hello = guests.build(work) / "hello.elf"
-    command = [sys.executable, str(PROGRAM), "-q", "run", "--platform", "sim", str(hello)]
+    command = [sys.executable, *PROGRAM, "-q", "run", "--platform", "sim", str(hello)]
     ours = process(command, b"hello from a kvmlaunch guest\nSEV-SNP guest, ")
     bare = process([sys.executable, "-c", "pass"], b"")
     exits = _exits(_built(work))

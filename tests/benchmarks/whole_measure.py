@@ -58,7 +58,7 @@ def figures(work: Path, rounds: int) -> list[Figure]:
 
 
 def _command(python: str, options: list[str]) -> list[str]:
-    return [python, "-I", str(PROGRAM), "measure", *options]
+    return [python, "-I", *PROGRAM, "measure", *options]
 
 
 def _pair(

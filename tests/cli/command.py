@@ -14,8 +14,8 @@ import pytest
 from kvmlaunch.cli import main
 
 SECONDS = 30
-PROGRAM = Path(__file__).resolve().parents[2] / "bin" / "kvmlaunch"
-"""The program that is installed."""
+PROGRAM = ("-c", "import sys; from kvmlaunch.cli import command; sys.exit(command())")
+"""Python's arguments for what is installed, as pip since 25.2 writes it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def refused(done: Done) -> str:
 
 def command(*args: object) -> list[str]:
     """The argument vector of a command as a process."""
-    return [sys.executable, str(PROGRAM), *(str(arg) for arg in args)]
+    return [sys.executable, *PROGRAM, *(str(arg) for arg in args)]
 
 
 def events(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from kvmlaunch.uapi import RealPlatform, Result
-from tests.cli.command import PROGRAM, SECONDS, Cli, command, spawn
+from tests.cli.command import SECONDS, Cli, command, spawn
 from tests.guests import LINE_THEN_SPIN
 
 PLAIN = ("--platform", "kvm", "--vm-type", "plain")
@@ -276,19 +277,24 @@ def test_image_with_a_name_in_no_encoding_is_inspected(halt: Path) -> None:
 
 
 @pytest.mark.parametrize("args", [("--version",), ("--help",), ("measure", "--help")])
-def test_help_to_a_full_disk_is_1(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_help_to_a_full_disk_is_1(
+    args: tuple[str, ...], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "wb") as full:
         done = spawn(*args, stdout=full)
-    assert done.code == 1
+        mute = spawn(*args, stdout=full, preexec_fn=lambda: os.close(2))
+    assert done.code == mute.code == 1
     assert done.err == "kvmlaunch: standard output: No space left on device\n"
 
 
-def test_installed_command_is_the_program_here(halt: Path) -> None:
+def test_installed_command_is_the_one_that_is_tested(halt: Path) -> None:
+    (found,) = metadata.entry_points(group="console_scripts", name="kvmlaunch")
+    assert found.value == "kvmlaunch.cli:command"
     installed = Path(sys.executable).with_name("kvmlaunch")
     if not installed.exists():
         pytest.skip("kvmlaunch is not installed in this environment")
-    assert installed.read_text().splitlines()[1:] == PROGRAM.read_text().splitlines()[1:]
     done = subprocess.run([installed, "measure", halt], capture_output=True, timeout=SECONDS)
     assert (done.returncode, done.stdout.decode()) == (0, spawn("measure", halt).out)
 
@@ -300,9 +306,34 @@ def test_module_does_the_same_as_the_command(halt: Path) -> None:
 
 
 def test_command_takes_nothing_apart_at_its_end(halt: Path) -> None:
-    code = (
-        "import atexit, runpy, sys; atexit.register(print, 'end'); runpy.run_path(sys.argv.pop())"
-    )
-    words = [sys.executable, "-c", code, "measure", halt, PROGRAM]
+    python, option, program, *words = command("measure", halt)
+    register = "import atexit; atexit.register(print, 'the end'); "
+    words = [python, option, register + program, *words]
     done = subprocess.run(words, capture_output=True, timeout=SECONDS)
     assert (done.returncode, done.stdout.decode()) == (0, spawn("measure", halt).out)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("FormatError('x')", 2), ("KvmLaunchError('x')", 1), ("KeyboardInterrupt", 130)],
+)
+@pytest.mark.parametrize("full", [False, True])
+def test_what_was_printed_before_a_failure_is_not_lost(
+    halt: Path, monkeypatch: pytest.MonkeyPatch, error: str, code: int, full: bool
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    planted = (
+        "from kvmlaunch.cli import measure\nfrom kvmlaunch.errors import *\n"
+        f"def fail(*args):\n print('a result')\n raise {error}\n"
+        "measure._measure = fail\n"
+    )
+    python, option, program, *words = command("measure", halt)
+    with open("/dev/full", "wb") as nowhere:
+        done = subprocess.run(
+            [python, option, planted + program, *words],
+            stdout=nowhere if full else subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=SECONDS,
+        )
+    assert (done.returncode, done.stdout) == (code, None if full else b"a result\n")
+    assert (b"No space left on device" in done.stderr) == full

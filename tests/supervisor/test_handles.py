@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_vms_are_kept_when_only_their_vcpu_is_mapped(client: Client) -> None:
 def test_the_host_is_full_when_the_supervisor_has_no_descriptors_left(
     clients: Path,
 ) -> None:
-    command = " ".join(map(str, words(clients / "handles", "crowded")))
+    command = shlex.join(words(clients / "handles", "crowded"))
     ran = run(["sh", "-c", f"ulimit -Sn 64; ulimit -Hn 600; {command}"])
     assert (ran.code, ran.err) == (0, "")
     # The limit is the hard one; some are left for the supervisor itself.

@@ -24,6 +24,9 @@ GHCB_GPA = Guest.GPA + 8 * PAGE
 RAX, RBX, RCX, RDX, RSI, CPL = 0x1F8, 0x318, 0x308, 0x310, 0x330, 0xCB
 EXIT_CODE, INFO_1, INFO_2, SCRATCH, XCR0, VALID = 0x390, 0x398, 0x3A0, 0x3A8, 0x3E8, 0x3F0
 BUFFER = 0x800
+IN_BUFFER = GHCB_GPA + BUFFER
+SHARED_PAGE = Guest.GPA + 9 * PAGE
+INVALID_SCRATCH, MISSING_INPUT, INVALID_INPUT, INVALID_EVENT = 3, 4, 5, 6
 
 Script = Generator[Event, None, None]
 
@@ -231,3 +234,23 @@ def asks(*requests: dict[str, int], **options: Any) -> Rig:
 
     rig = Rig(script, **options)
     return rig
+
+
+def answered(rig: Rig) -> Rig:
+    """The guest went on after its request, to its HLT."""
+    assert (rig.enter(), rig.run.exit_reason) == ((0, 0), lib.KVM_EXIT_HLT)
+    return rig
+
+
+def ioio(
+    port: int,
+    size: int,
+    *,
+    is_in: bool = False,
+    string: bool = False,
+    count: int = 0,
+    **fields: int,
+) -> dict[str, int]:
+    """A request for port I/O (SVM_EXIT_IOIO)."""
+    info = port << 16 | size << 4 | string << 2 | is_in
+    return {"code": 0x7B, "info_1": info, "info_2": count, **fields}

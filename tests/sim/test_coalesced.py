@@ -10,8 +10,7 @@ from kvmlaunch.uapi import ffi, lib
 
 from .driver import PAGE, Driver, simulated, struct
 from .plain_vm import Vm
-from .scripted import asks
-from .test_ghcb_events import IN_BUFFER, answered, ioio
+from .scripted import IN_BUFFER, answered, asks, ioio
 from .test_plain_run import OK
 
 EINVAL = (-1, errno.EINVAL)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import pytest
+
+from kvmlaunch.errors import IoctlError
 from kvmlaunch.kvm import GuestMemfd, HostMemory, Kvm, SevDevice, Vcpu, Vm
 from kvmlaunch.sim import SimPlatform
 from kvmlaunch.snp import New, Started
 from kvmlaunch.uapi import Call, Platform, Recorder, lib
+from tests.abi import vectors
 
 PAGE = 4096
 GPA = 0x100000
 SLOT_PAGES = 8
 POLICY = 0x30000
 NORMAL, VMSA, ZERO, UNMEASURED, SECRETS, CPUID = 1, 2, 3, 4, 5, 6
+LD = bytes.fromhex(vectors.SINGLE_PAGE["V3"][3])
+"""Launch digest of `one_page`."""
+OTHER = bytes(range(48))
 
 
 class Rig:
@@ -88,3 +96,25 @@ def snp_vm(
     with ExitStack() as stack:
         yield Rig(host, stack, slots=slots, private=private, vm_type=vm_type)
     assert host.open_fds == ()
+
+
+@contextmanager
+def refused(kind: type[IoctlError] = IoctlError) -> Iterator[Any]:
+    with pytest.raises(kind) as caught:
+        yield caught
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
+
+
+def one_page(rig: Rig) -> Started:
+    """Launched so far: one ZERO page at GPA 0, whose digest is V3 of the fact sheet."""
+    state = rig.started()
+    state.update(0, ZERO, 0, PAGE)
+    return state
+
+
+def other_fd(rig: Rig) -> SevDevice:
+    """Something open that isn't /dev/sev; whoever made it closes it."""
+    return SevDevice(rig.kvm.platform, rig.kvm.fd, "/dev/sev")

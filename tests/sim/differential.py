@@ -1,8 +1,17 @@
-"""Plays a script of system calls, and notes what each step gave."""
+"""Plays scripts of system calls on the real kernel and on the simulated one, and compares.
+
+Every script runs twice, on VMs of type 0; each step notes (ret, errno), with "fd" for a new
+descriptor. KVMLAUNCH_REQUIRE=kvm turns the skip on machines without /dev/kvm into a failure.
+"""
 
 from __future__ import annotations
 
+import pytest
+
+from kvmlaunch.kvm import Kvm
+from kvmlaunch.sim import SimPlatform
 from kvmlaunch.uapi import lib
+from tests.host import require_kvm
 
 from .driver import PAGE, Driver, Memory, struct
 
@@ -71,3 +80,35 @@ def played(script, platform, kind=Script):
     finally:
         run.close_all()
     return run.steps
+
+
+def this_kernel():
+    """The real platform, if its kernel is of the generation that profile 6.18 describes.
+
+    These machines run guests without hardware virtualization (vendor module kvm_pvm), and
+    answer some calls as no SNP host does.
+    """
+    platform = require_kvm()
+    with Kvm.open(platform) as kvm:
+        if not kvm.check_extension(lib.KVM_CAP_GUEST_MEMFD_FLAGS):
+            pytest.skip("this machine's KVM is older than profile 6.18: no guest_memfd flags")
+    return platform
+
+
+def differences(script, real, kind=Script):
+    """(step of the real kernel, answer of the simulated one) where they aren't the same."""
+    expected = played(script, real, kind)
+    with SimPlatform("6.18") as platform:
+        simulated = played(script, platform, kind)
+    assert [step[0] for step in simulated] == [step[0] for step in expected]
+    pairs = zip(expected, simulated, strict=True)
+    return [(step, answer[1:]) for step, answer in pairs if step != answer]
+
+
+def names_of_steps(scripts):
+    """All steps of the scripts, by name."""
+    seen = set()
+    for script in scripts:
+        with SimPlatform("6.18") as platform:
+            seen |= {step[0] for step in played(script, platform)}
+    return seen

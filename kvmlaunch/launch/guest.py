@@ -263,7 +263,7 @@ class Guest:
             yield from batch.records
 
     def update_batches(self, *, retry_cpuid: bool = False) -> Iterator[RecordBatch]:
-        """The same; yields the records of pages that one call has launched together."""
+        """The same; yields the records in batches, as soon as a call has launched their pages."""
         for step in self.plan.steps:
             yield from self._update_step(self._in_state("update"), step, retry_cpuid)
 

@@ -87,26 +87,17 @@ class Predictor:
         )
         self._seq += 1
 
-    def batch(
-        self, step: PageRange, index: int, count: int, vcpu: int | None = None
-    ) -> list[PageRecord]:
-        """Add ``count`` pages from ``index``; ``vcpu`` starts from them if that is a VMSA."""
-        batches = self.batches(step, index, count, vcpu)
-        return [record for batch in batches for record in batch.records]
-
     def batches(
         self, step: PageRange, index: int, count: int, vcpu: int | None = None
     ) -> Iterator[RecordBatch]:
-        """The same, by what is hashed in one go, as it is."""
+        """Add ``count`` pages from ``index``; yields the records of what is hashed in one go.
+
+        ``vcpu`` starts from them if that is a VMSA.
+        """
         for first, data, npages in self._runs(step, index, count):
             origins = tuple(step.origin_runs(first, npages))
             gpa = step.gpa + first * PAGE_SIZE
             yield self._add(step.type, gpa, data, npages, origins, step.label, vcpu)
-
-    def page(self, step: PageRange, index: int, vcpu: int | None = None) -> PageRecord:
-        """Add one page, see `batch`."""
-        (record,) = self.batch(step, index, 1, vcpu)
-        return record
 
     def finish_vmsa(self, plan: LaunchPlan, vcpu: int, vmsa: Vmsa) -> RecordBatch:
         """Add a VMSA that SNP_LAUNCH_FINISH measures."""

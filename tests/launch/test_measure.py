@@ -310,15 +310,15 @@ def test_extend_when_one_piece_has_the_pages_hands_over_one_view_of_it() -> None
 
 def test_predictor_when_copied_goes_on_by_itself() -> None:
     first = Predictor()
-    first.page(step(0, [b"x" * PAGE]), 0)
+    first.extend(step(0, [b"x" * PAGE]))
     before = first.digest
-    first.copy().page(step(0x1000, [b"y" * PAGE]), 0)
+    first.copy().extend(step(0x1000, [b"y" * PAGE]))
     assert first.digest == before
 
 
 def test_predictor_when_copied_starts_from_the_same_digest() -> None:
     first = Predictor()
-    first.page(step(0, [b"x" * PAGE]), 0)
+    first.extend(step(0, [b"x" * PAGE]))
     assert (first.copy().digest, first.copy().pages) == (first.digest, 1)
 
 

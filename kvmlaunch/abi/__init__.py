@@ -24,6 +24,7 @@
 | `blob`          | small structures as raw bytes, hex or base64                         |
 | `cert_table`    | certificate table of an extended guest request                       |
 | `record`        | not a format: frozen records, as dataclasses makes them              |
+| `enums`         | nor is this: enumerations, as enum makes them                        |
 
 Nothing here opens files, reads a clock or needs the extension; bad input raises
 `kvmlaunch.errors.FormatError`. Numbers are those of AMD 56860 (SEV-SNP firmware ABI)

@@ -146,7 +146,7 @@ def load_vmm(name: str) -> VmmProfile:
 
     if is_profile_path(name):
         return read_vmm(name, name)
-    known = {built_in.lower(): built_in for built_in in BUILT_IN}
+    known = {each.lower(): each for each in BUILT_IN}
     if found := known.get(name.lower()):
         return built_in(found)
     import difflib  # only here

@@ -143,8 +143,9 @@ def to_sync(plan: LaunchPlan) -> SyncFallback:
 
 def _without_vmsas(plan: LaunchPlan) -> Iterator[MemoryRegion]:
     """The plan's memory but what is there for VMSAs alone."""
+    vmsas = plan.vmsas
     for region in plan.memory:
-        held = sum(step.size for step in plan.vmsas if region.gpa <= step.gpa < region.end)
+        held = sum(step.size for step in vmsas if region.gpa <= step.gpa < region.end)
         if held != region.size:
             yield region
 

@@ -272,8 +272,9 @@ def test_fault_that_is_not_in_the_grammar_is_refused(
     assert sentence.startswith(f"fault {fault!r}: {why}; the grammar is ")
 
 
-def test_fault_for_a_real_host_is_refused(cli: Cli, halt: Path) -> None:
-    fault = ("--sim-fault", "KVM_CREATE_VM:errno=EIO")
+@pytest.mark.parametrize("option", ["--sim-fault", "--fault"])
+def test_fault_for_a_real_host_is_refused(cli: Cli, halt: Path, option: str) -> None:
+    fault = (option, "KVM_CREATE_VM:errno=EIO")
     sentence = refused(cli("run", "--platform", "kvm", *fault, halt))
     assert sentence == "--sim-fault is for the simulated host: add --platform sim"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from tests import debian
 from tests.clients.kept import made_once
-from tests.debian import Unavailable
 from tests.kernel_packages import KernelPackages
 
 # Command -> Debian package. A static program needs libc6-dev, too, which only gcc can tell.
@@ -23,14 +22,6 @@ _SOURCES = (
 )
 _FAILURE = "the KVM selftests can't be built"
 _SECONDS = 600
-
-
-def selftest(name: str) -> Path:
-    """One program by its name, ``sev_init2_tests`` say. Raises Unavailable."""
-    path = selftests() / name
-    if not path.is_file():
-        raise Unavailable(f"{path.parent.name} has no {name}")
-    return path
 
 
 def selftests() -> Path:

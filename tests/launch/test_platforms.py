@@ -58,6 +58,12 @@ def test_auto_when_the_machine_can_launch_snp_guests_takes_it(
     assert choice.why == "platform kvm: this machine's kernel"
 
 
+@pytest.mark.parametrize("name", ["auto", "kvm"])
+def test_kvm_when_it_is_a_simulated_one_says_so(machine: Callable[..., Machine], name: str) -> None:
+    machine().profile = "simulated 6.18"
+    assert open_platform(name).why == "platform kvm: simulated 6.18's kernel"
+
+
 ROWS = [
     ({"refuse": {"/dev/kvm": ENOENT}}, "open /dev/kvm ret=-2 (ENOENT"),
     ({"refuse": {"/dev/kvm": EACCES}}, "open /dev/kvm ret=-13 (EACCES"),

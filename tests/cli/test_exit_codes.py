@@ -289,6 +289,12 @@ def test_help_to_a_full_disk_is_1(
     assert done.err == "kvmlaunch: standard output: No space left on device\n"
 
 
+@pytest.mark.parametrize("args", [("--version",), ("--help",), ("measure", "--help")])
+def test_help_to_a_closed_stdout_is_1(args: tuple[str, ...]) -> None:
+    done = spawn(*args, preexec_fn=lambda: os.close(1))
+    assert (done.code, done.err) == (1, "kvmlaunch: standard output: Bad file descriptor\n")
+
+
 def test_installed_command_is_the_one_that_is_tested(halt: Path) -> None:
     (found,) = metadata.entry_points(group="console_scripts", name="kvmlaunch")
     assert found.value == "kvmlaunch.cli:command"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import uuid
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from kvmlaunch.abi.page import PageType
 from kvmlaunch.errors import ImageError
 from kvmlaunch.images import ImageSource, PlanOptions, load_image
-from kvmlaunch.images.ovmf_table import parse_table
+from kvmlaunch.images.ovmf_table import has_table, parse_table
 from tests.images.builders import (
     AMDSEV_SECTIONS,
+    GUID_FOOTER,
     GUID_HASHES,
     GUID_METADATA,
     GUID_RESET,
@@ -114,6 +116,12 @@ def test_tables_when_entry_is_foreign_are_still_read() -> None:
     assert found is not None
     assert (found.name, found.size) == ("unknown", 5)
     assert tables.find(GUID_RESET) is None
+
+
+def test_image_when_it_is_too_short_for_a_table_has_none() -> None:
+    end = uuid.UUID(GUID_FOOTER).bytes_le + bytes(32)
+    assert not has_table(ImageSource("short", memoryview(end)))
+    assert has_table(ImageSource("long enough", memoryview(bytes(2) + end)))
 
 
 def test_firmware_when_there_is_no_table_is_refused() -> None:

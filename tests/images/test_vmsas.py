@@ -17,6 +17,7 @@ from kvmlaunch.abi.vmsa import Vmsa
 from kvmlaunch.errors import FormatError
 from kvmlaunch.images import (
     LaunchPlan,
+    MemoryRegion,
     PageRange,
     Piece,
     PlanOptions,
@@ -285,6 +286,17 @@ def test_to_sync_when_a_vmsa_is_measured_only_drops_it() -> None:
     assert [step.gpa for step in fallback.dropped] == [0x9000]
     assert [state.rip for state in fallback.plan.vcpus] == [load_image(HALT).vcpus[0].rip, 0x1234]
     assert {step.type for step in fallback.plan.steps} == {PageType.NORMAL}
+
+
+@pytest.mark.parametrize(("pages", "kept"), [(1, False), (2, True)])
+def test_to_sync_when_memory_is_there_for_a_vmsa_alone_leaves_it_out(
+    pages: int, kept: bool
+) -> None:
+    plan, own = load(VmsaChoice(gpa=0x5000)), MemoryRegion(1 << 32, pages * PAGE, "vmsa")
+    *others, vmsa = plan.steps
+    memory, steps = (*plan.memory, own), (*others, replace(vmsa, gpa=own.gpa))
+    apart = replace(plan, memory=memory, steps=steps, bindings={0: own.gpa})
+    assert to_sync(apart).plan.memory == (memory if kept else plan.memory)
 
 
 def test_to_sync_when_kvm_would_refuse_the_state_says_so() -> None:

@@ -322,6 +322,12 @@ def test_predictor_when_copied_starts_from_the_same_digest() -> None:
     assert (first.copy().digest, first.copy().pages) == (first.digest, 1)
 
 
+def test_predictor_when_copied_hashes_in_the_same_way() -> None:
+    hasher = Watched()
+    Predictor(hasher).copy().extend(step(0, [b"x" * PAGE]))
+    assert len(hasher.given) == 1
+
+
 # Records as events
 
 

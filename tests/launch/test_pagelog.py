@@ -81,6 +81,14 @@ def test_header_when_written_says_what_is_launched_and_where(tmp_path: Path) -> 
     }
 
 
+def test_header_when_the_image_is_large_has_the_hash_of_all_of_it(tmp_path: Path) -> None:
+    image = bytes(range(251)) * ((9 << 20) // 251)  # no part of a power of two is as another
+    with PageLog(str(tmp_path / "log")) as log:
+        plan = replace(small_plan(), data=memoryview(image))
+        log.header(plan, platform="sim", profile="6.12", vmsa_mode="sync")
+    assert events(tmp_path / "log")[0]["sha256"] == hashlib.sha256(image).hexdigest()
+
+
 def test_pages_when_written_spell_types_as_the_schema_does(tmp_path: Path) -> None:
     found = session_log(tmp_path)
     assert [event["type"] for event in found[1:-1]] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from kvmlaunch import hashing
 from kvmlaunch.abi.digest import LaunchDigest
 from kvmlaunch.abi.reset import qemu_reset
 from kvmlaunch.errors import FormatError, KvmLaunchError
+from kvmlaunch.hashing.plain import PlainHasher
 from tests.abi import vectors
 
 PAGE = 4096
@@ -118,6 +120,33 @@ def test_extend_when_it_is_a_minimal_guest_gives_v20(hasher: hashing.Hasher) -> 
 
 
 # Equal digests
+
+
+class Asked(PlainHasher):
+    """Notes how many threads it is to hash with."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def _contents(self, data: memoryview, out: memoryview, threads: int) -> None:
+        self.threads.append(threads)
+
+    def _records(self, *args: Any) -> None:
+        self.threads.append(args[-1])
+
+
+@pytest.mark.parametrize(
+    ("npages", "wanted", "threads"), [(127, None, 1), (128, None, 3), (128, 0, 1), (2, 5, 5)]
+)
+def test_threads_when_nobody_says_are_the_cpus_but_for_few_pages(
+    monkeypatch: pytest.MonkeyPatch, npages: int, wanted: int | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 5})
+    asked, data = Asked(), bytes(npages * PAGE)
+    asked.extend(ZERO, 1, 0, data, npages, threads=wanted)
+    asked.records(ZERO, 1, 0, data, npages, threads=wanted)
+    asked.contents(data, threads=wanted)
+    assert asked.threads == [threads] * 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])

@@ -12,6 +12,7 @@ from tests.host import require_kvm
 
 from .differential import Script, differences
 from .driver import PAGE, struct
+from .irqchips import route_table
 
 TOP = 1 << 64
 ONES = TOP - 1
@@ -52,17 +53,7 @@ class Devices(Script):
         self.call(label, vm, "KVM_IRQFD", struct("kvm_irqfd", **fields))
 
     def route(self, label: str, vm: int, *entries: dict[str, int], flags: int = 0) -> None:
-        size = ffi.sizeof("struct kvm_irq_routing_entry")
-        table = ffi.new("char[]", 8 + max(1, len(entries)) * size)
-        routing = ffi.cast("struct kvm_irq_routing *", table)
-        routing.nr, routing.flags = len(entries), flags
-        for at, fields in enumerate(entries):
-            entry = routing.entries[at]
-            for name, value in fields.items():
-                part = entry if name in ("gsi", "type", "flags") else None
-                if part is None:
-                    part = entry.u.irqchip if name in ("irqchip", "pin") else entry.u.msi
-                setattr(part, name, value)
+        table = route_table(*entries, flags=flags)
         self.call(label, vm, "KVM_SET_GSI_ROUTING", table)
 
     def msr(self, vcpu: int, index: int, value: int | None = None) -> None:

@@ -15,6 +15,7 @@ import pytest
 from kvmlaunch.uapi import ffi, lib
 
 from .driver import Driver, simulated, struct
+from .irqchips import add_irqchip, new_vm, route_table
 from .plain_vm import Vm
 from .scripted import BUFFER, GHCB_GPA, asks
 
@@ -249,16 +250,6 @@ def test_ghcb_mmio_write_when_an_ioeventfd_is_there_signals_and_goes_on(event: i
 # Irqfds: what is refused
 
 
-def with_apics(driver: Driver, *, full: bool = False) -> int:
-    vm = driver.create_vm(0)
-    if full:
-        driver.ok(driver.ioctl(vm, lib.KVM_CREATE_IRQCHIP))
-        return vm
-    cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
-    driver.ok(driver.ioctl(vm, lib.KVM_ENABLE_CAP, cap))
-    return vm
-
-
 @pytest.mark.parametrize(
     ("kind", "flags", "code"),
     [
@@ -275,13 +266,12 @@ def with_apics(driver: Driver, *, full: bool = False) -> int:
 def test_irqfd_when_nothing_takes_interrupts_is_einval(
     driver: Driver, event: int, kind: str, flags: int, code: int
 ) -> None:
-    vm = driver.create_vm(0) if kind == "none" else with_apics(driver, full=kind == "full")
-    assert irqfd(driver, vm, event, flags=flags) == (failed(code) if code else OK)
+    assert irqfd(driver, new_vm(driver, kind), event, flags=flags) == (failed(code) if code else OK)
 
 
 @pytest.mark.parametrize("flags", [0, lib.KVM_IRQFD_FLAG_DEASSIGN])
 def test_irqfd_when_the_descriptor_is_wrong_keeps_none(driver: Driver, flags: int) -> None:
-    vm = with_apics(driver)
+    vm = new_vm(driver, "split")
     before = set(os.listdir("/proc/self/fd"))
     with open("/dev/null", "rb") as other:
         assert irqfd(driver, vm, other.fileno(), flags=flags) == failed(errno.EINVAL)
@@ -290,7 +280,7 @@ def test_irqfd_when_the_descriptor_is_wrong_keeps_none(driver: Driver, flags: in
 
 
 def test_irqfd_when_the_eventfd_has_one_is_ebusy(driver: Driver, event: int) -> None:
-    vm, same = with_apics(driver), os.dup(event)
+    vm, same = new_vm(driver, "split"), os.dup(event)
     off = lib.KVM_IRQFD_FLAG_DEASSIGN
     assert irqfd(driver, vm, event, gsi=5) == OK
     assert irqfd(driver, vm, same, gsi=6) == failed(errno.EBUSY)
@@ -322,19 +312,13 @@ class Interrupted(Vm):
 
     def create_vm(self, vm_type: int, kvm: int | None = None) -> int:
         vm = super().create_vm(vm_type, kvm)
-        cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
-        self.ok(self.ioctl(vm, lib.KVM_ENABLE_CAP, cap))
+        add_irqchip(self, vm, "split")
         return vm
 
     def route(self, vector: int) -> None:
-        size = 8 + 48  # struct kvm_irq_routing, and one entry
-        table = bytearray(size)
-        words = (1, 0, self.GSI, lib.KVM_IRQ_ROUTING_MSI, 0, 0, 0xFEE00000, 0, vector)
-        for at, word in enumerate(words):
-            table[4 * at : 4 * at + 4] = word.to_bytes(4, "little")
-        from_here = self.ram.size - size
-        self.ram.write(bytes(table), from_here)
-        self.ok(self.ioctl(self.vm, lib.KVM_SET_GSI_ROUTING, self.ram.address + from_here))
+        message = {"type": lib.KVM_IRQ_ROUTING_MSI, "address_lo": 0xFEE00000, "data": vector}
+        table = route_table({"gsi": self.GSI, **message})
+        self.ok(self.ioctl(self.vm, lib.KVM_SET_GSI_ROUTING, table))
 
 
 INTERRUPTED = (OK, lib.KVM_EXIT_IO)
@@ -415,7 +399,7 @@ def test_irqfds_when_the_vm_is_closed_end_with_all_descriptors_and_the_thread(ev
         driver = Driver(platform)
         wait_until(lambda: not waiters())  # those of other tests
         before = set(os.listdir("/proc/self/fd"))
-        vm = with_apics(driver)
+        vm = new_vm(driver, "split")
         vcpu = driver.ok(driver.ioctl(vm, lib.KVM_CREATE_VCPU, 0))
         assert irqfd(driver, vm, event, gsi=5) == OK
         assert ioeventfd(driver, vm, event, addr=PORT, len=1, flags=PIO) == OK

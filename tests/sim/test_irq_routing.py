@@ -6,9 +6,10 @@ import errno
 
 import pytest
 
-from kvmlaunch.uapi import ffi, lib
+from kvmlaunch.uapi import ffi, lib, poke
 
-from .driver import Driver, Memory, struct
+from .driver import ANONYMOUS, PAGE, RW, Driver, Memory, struct
+from .irqchips import new_vm, route_table
 
 OK = (0, 0)
 EINVAL = (-1, errno.EINVAL)
@@ -19,27 +20,8 @@ MAX_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES
 NOBODY = 0xFFFFFFFF  # -1: nothing is routed there, or nobody took it
 
 
-def new_vm(driver: Driver, irqchip: str) -> int:
-    vm = driver.create_vm(0)
-    if irqchip == "full":
-        driver.ok(driver.ioctl(vm, lib.KVM_CREATE_IRQCHIP))
-    elif irqchip == "split":
-        cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_SPLIT_IRQCHIP)
-        driver.ok(driver.ioctl(vm, lib.KVM_ENABLE_CAP, cap))
-    return vm
-
-
 def route(driver: Driver, vm: int, *entries: dict[str, int], flags: int = 0) -> tuple[int, int]:
-    size = ffi.sizeof("struct kvm_irq_routing_entry")
-    table = ffi.new("char[]", 8 + len(entries) * size)
-    routing = ffi.cast("struct kvm_irq_routing *", table)
-    routing.nr, routing.flags = len(entries), flags
-    for at, fields in enumerate(entries):
-        entry = routing.entries[at]
-        parts = {"irqchip": entry.u.irqchip, "pin": entry.u.irqchip}
-        parts |= dict.fromkeys(("gsi", "type", "flags"), entry)
-        for name, value in fields.items():
-            setattr(parts.get(name, entry.u.msi), name, value)
+    table = route_table(*entries, flags=flags)
     return tuple(driver.ioctl(vm, lib.KVM_SET_GSI_ROUTING, table))
 
 
@@ -110,10 +92,17 @@ def test_route_table_when_it_is_wrong_is_refused(driver: Driver) -> None:
     too_many = struct("kvm_irq_routing", nr=MAX_ROUTES + 1)
     assert tuple(driver.ioctl(vm, lib.KVM_SET_GSI_ROUTING, too_many)) == EINVAL
     assert tuple(driver.ioctl(vm, lib.KVM_SET_GSI_ROUTING, 8)) == EFAULT
-    end = Memory(4096)
-    end.write(bytes([200, 0]), 4096 - 8)  # its entries are beyond what is mapped, or of others
-    many = driver.ioctl(vm, lib.KVM_SET_GSI_ROUTING, end.address + 4096 - 8)
-    assert tuple(many) in (EFAULT, EINVAL)
+
+
+def test_route_table_when_its_entries_are_out_of_reach_is_efault(driver: Driver) -> None:
+    address = driver.ok(driver.platform.mmap(-1, 2 * PAGE, RW, ANONYMOUS))
+    driver.ok(driver.platform.munmap(address + PAGE, PAGE))
+    header = address + PAGE - 8
+    vm = new_vm(driver, "split")
+    for nr, expected in ((1, EFAULT), (0, OK)):
+        poke(header, nr.to_bytes(8, "little"))
+        assert tuple(driver.ioctl(vm, lib.KVM_SET_GSI_ROUTING, header)) == expected
+    driver.ok(driver.platform.munmap(address, PAGE))
 
 
 def test_line_when_no_irqchip_is_in_the_kernel_is_enxio(driver: Driver) -> None:

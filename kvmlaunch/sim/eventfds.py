@@ -103,11 +103,12 @@ class Ioeventfds:
     def _deassign(self, given: Any) -> int:
         event = self._vm.host.user.eventfd(given.fd)
         os.close(event.fd)
-        found = self._places.get(_place(given))
+        place = _place(given)
+        found = self._places.get(place)
         if found is None or found.id != event.id:
             refuse(errno.ENOENT)
         self.signal()  # what waits may be for this one
-        del self._places[_place(given)]
+        del self._places[place]
         os.close(found.fd)
         return 0
 

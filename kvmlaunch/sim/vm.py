@@ -210,6 +210,7 @@ class Vm:
         """Drop a reference; the last one ends the VM."""
         self._references -= 1
         if not self._references:
+            self.irqfds.close()  # of a call that its descriptor's end overtook
             self.ioeventfds.close()
             self.slots.remove_all()
             for vcpu in self.vcpus:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import pytest
 
+from kvmlaunch.sim.uaccess import Eventfd, OwnProcess
 from kvmlaunch.uapi import ffi, lib
 
-from .driver import Driver, simulated, struct
+from .driver import PAGE, Driver, simulated, struct
 from .irqchips import add_irqchip, new_vm, route_table
 from .plain_vm import Vm
 from .scripted import BUFFER, GHCB_GPA, asks
@@ -238,6 +240,15 @@ def test_ghcb_string_out_when_no_item_matches_exits_with_all(event: int) -> None
     assert (rig.run.io.count, count(event)) == (3, 0)
 
 
+def test_ghcb_string_out_when_only_the_first_item_matches_loses_the_others(event: int) -> None:
+    rig = asks(ioio(1, string=True, items=3, scratch=GHCB_GPA + PAGE), ghcb_version=1)
+    rig.guest.ram.write(b"\1\2\1", GHCB_GPA + PAGE - rig.guest.GPA)
+    place = {"addr": PORT, "len": 1, "flags": PIO | MATCH, "datamatch": 1}
+    assert ioeventfd(rig.guest, rig.guest.vm, event, **place) == OK
+    assert (rig.enter(), rig.run.exit_reason) == HLT
+    assert count(event) == 1
+
+
 def test_ghcb_mmio_write_when_an_ioeventfd_is_there_signals_and_goes_on(event: int) -> None:
     write = {"code": 0x80000002, "info_1": DEVICE, "scratch": GHCB_GPA + BUFFER}
     rig = asks({**write, "info_2": 4}, {**write, "info_2": 2})
@@ -381,17 +392,55 @@ def _cpu_seconds(thread: threading.Thread) -> float:
     return float(times.user_time + times.system_time)
 
 
-def test_irqfd_when_the_owner_reads_too_blocks_nobody(guest: Interrupted) -> None:
-    event = os.eventfd(0)  # whose readers wait
-    assert irqfd(guest, guest.vm, event, gsi=guest.GSI) == OK
-    os.set_blocking(event, False)
-    for _ in range(300):
+class Meanwhile(OwnProcess):
+    """Something else happens in the middle of a call that names an eventfd."""
+
+    does: Callable[[], object] = staticmethod(lambda: None)
+
+    def eventfd(self, fd: int) -> Eventfd:
+        self.does()
+        return super().eventfd(fd)
+
+
+def test_irqfd_when_the_owner_reads_first_blocks_nobody() -> None:
+    event, other = os.eventfd(0), os.eventfd(0)  # whose readers wait
+    user = Meanwhile()
+    with simulated(user=user) as platform:
+        driver = Driver(platform)
+        vm = new_vm(driver, "split")
+        assert irqfd(driver, vm, event) == OK
+
+        def owner_is_faster() -> None:
+            os.eventfd_write(event, 1)
+            time.sleep(0.05)  # KVM's thread has seen that, and waits for the end of this call
+            os.eventfd_read(event)
+
+        user.does = owner_is_faster
+        assert irqfd(driver, vm, other) == OK
+        time.sleep(0.05)
+        caller = threading.Thread(target=driver.create_vm, args=(0,))
+        caller.start()
+        caller.join(1)
+        is_blocked = caller.is_alive()
         os.eventfd_write(event, 1)
-        count(event)
-    os.set_blocking(event, True)
-    os.eventfd_write(event, 1)
-    assert guest.enter() == INTERRUPTED
+        caller.join()
+        assert not is_blocked
+        wait_until(lambda: not select.select([event], [], [], 0)[0])
     os.close(event)
+    os.close(other)
+
+
+def test_irqfd_when_the_vm_is_closed_meanwhile_ends_with_it(event: int) -> None:
+    user = Meanwhile()
+    with simulated(user=user) as platform:
+        driver = Driver(platform)
+        vm = new_vm(driver, "split")
+        wait_until(lambda: not waiters())  # those of other tests
+        before = set(os.listdir("/proc/self/fd"))
+        user.does = lambda: driver.ok(platform.close(vm))
+        assert irqfd(driver, vm, event) == OK
+        wait_until(lambda: not waiters())
+        assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_irqfds_when_the_vm_is_closed_end_with_all_descriptors_and_the_thread(event: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -212,10 +211,9 @@ class Slots:
 
     def _check_overlap(self, slot_id: int, base: int, npages: int) -> None:
         slots = self._by_gfn[slot_id >> 16]
-        at = max(0, bisect.bisect_right(slots, base, key=_base_gfn) - 1)
-        for other in itertools.islice(slots, at, None):
-            if other.base_gfn >= base + npages:
-                break
+        first = max(0, bisect.bisect_right(slots, base, key=_base_gfn) - 1)
+        end = bisect.bisect_left(slots, base + npages, key=_base_gfn)
+        for other in slots[first:end]:
             if other.id != slot_id and base < other.end_gfn:
                 refuse(errno.EEXIST)
 

@@ -250,7 +250,6 @@ class SimPlatform:
         with self._lock:
             self._ordered_errno(file, lib.KVM_RUN, arg)
             file.prepare_run(arg)
-            file.vcpu.vm.get()  # the run page must outlive the descriptor
         try:
             return file.enter()
         except KvmLaunchError:
@@ -258,7 +257,6 @@ class SimPlatform:
         finally:
             with self._host.gate.stopped(), self._lock:
                 file.vcpu.vm.sync_user_memory()
-                file.vcpu.vm.put()
 
     def _ordered_errno(self, file: File, request: int, arg: int) -> None:
         for name in file.ioctl_names(request, arg):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmlaunch.sim import launch_finish, launch_update
 from kvmlaunch.sim.guest_request import GuestRequests
+from kvmlaunch.sim.sev_es import GHCB_VERSION_MIN
 from kvmlaunch.sim.sevdev import SevDevice
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import command_name, ffi, lib
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SevVm", "encrypt_op", "register_region", "unregister_region"]
 
 _SNP_ACTIVE, _SECURE_TSC = 1 << 0, 1 << 9
-_GHCB_VERSION_MIN, _GHCB_VERSION_MAX = 1, 2
+_GHCB_VERSION_MAX = 2
 _POLICY_SMT, _POLICY_MBO, _POLICY_SINGLE_SOCKET = 1 << 16, 1 << 17, 1 << 20
 
 # Ids that no kernel has a handler for (sev_mem_enc_ioctl()).
@@ -173,7 +174,7 @@ def _legacy_init(vm: Vm, command: Any) -> None:
     if command.id == lib.KVM_SEV_INIT:
         _initialize(vm, init, lib.KVM_X86_SEV_VM)
     else:
-        init.ghcb_version = _GHCB_VERSION_MIN
+        init.ghcb_version = GHCB_VERSION_MIN
         _initialize(vm, init, lib.KVM_X86_SEV_ES_VM)
 
 
@@ -210,7 +211,7 @@ def _initialize(vm: Vm, init: Any, vm_type: int) -> None:
         refuse(errno.EINVAL)
     if init.ghcb_version > _GHCB_VERSION_MAX or (init.ghcb_version and not es):
         refuse(errno.EINVAL)
-    if snp and init.ghcb_version == _GHCB_VERSION_MIN and not profile.init2_ghcb_v1:
+    if snp and init.ghcb_version == GHCB_VERSION_MIN and not profile.init2_ghcb_v1:
         refuse(errno.EINVAL)
     if sev.active:
         refuse(errno.EINVAL)

@@ -13,6 +13,10 @@ from .driver import Driver, FrozenPage, Guest, simulated, struct
 MARK = 0xABCD1234
 EINVAL = (-1, errno.EINVAL)
 
+# From KVM_SEV_LAUNCH_START on: but for KVM_SEV_LAUNCH_UPDATE_VMSA, of SEV-ES alone, and
+# KVM_SEV_RECEIVE_UPDATE_DATA, with an errno of its own.
+LEGACY = [2, 3, *range(5, 10), 11, 12, 15, 16, 17, 18, 20, 21]
+
 
 @pytest.fixture
 def new():
@@ -66,7 +70,7 @@ def test_legacy_init_on_snp_type_is_einval_with_copy_back(new, command):
     assert copied_back(new, command)
 
 
-@pytest.mark.parametrize("command", [*range(2, 10), 11, 12, 15, 16, 17, 18, 20, 21])
+@pytest.mark.parametrize("command", [*LEGACY, lib.KVM_SEV_LAUNCH_UPDATE_VMSA])
 def test_legacy_command_before_init2_is_enotty_with_copy_back(new, command):
     assert new.sev(new.vm, command, error=MARK) == ((-1, errno.ENOTTY), MARK)
     assert copied_back(new, command)
@@ -205,8 +209,6 @@ def test_req_certs_on_7_0_needs_snp_and_no_vcpu():
 # SEV and SEV-ES (sev.c: sev_guest_init, sev_guest_init2, __sev_guest_init)
 
 SEV, SEV_ES = 2, 3
-# KVM_SEV_LAUNCH_UPDATE_DATA, ..._MEASURE, ..._FINISH and so on; not those of a VM's own.
-LEGACY = [2, 3, 5, 6, 7, 8, 9, 11, 12, 15, 16, 17, 18, 20, 21]
 ENOSYS = (-1, errno.ENOSYS)
 ENOTTY = (-1, errno.ENOTTY)
 
@@ -233,29 +235,27 @@ def test_init2_of_sev_types_with_vcpu_flag_or_unreadable_struct_fails(make, vm_t
     assert guest.init2()[0] == EINVAL
 
 
+def taken_by_init2(profile, field, values):
+    """SEV types and values of one field that INIT2 takes."""
+    with simulated(profile) as platform:
+        return {
+            (vm_type, value)
+            for vm_type in (SEV, SEV_ES)
+            for value in values
+            if Guest(platform, init=False, vm_type=vm_type).init2(**{field: value})[0].ret == 0
+        }
+
+
 @pytest.mark.parametrize("profile", ["6.12", "6.18"])
 def test_init2_features_of_sev_types_lack_secure_tsc(profile):
-    with simulated(profile) as platform:
-        taken = {
-            (vm_type, bit)
-            for vm_type in (SEV, SEV_ES)
-            for bit in range(64)
-            if Guest(platform, init=False, vm_type=vm_type).init2(vmsa_features=1 << bit)[0].ret
-            == 0
-        }
-    assert taken == {(SEV_ES, 5)}
+    bits = [1 << bit for bit in range(64)]
+    assert taken_by_init2(profile, "vmsa_features", bits) == {(SEV_ES, 1 << 5)}
 
 
 @pytest.mark.parametrize("profile", ["6.12", "6.18"])
 def test_init2_ghcb_version_is_for_sev_es_where_1_is_good(profile):
-    with simulated(profile) as platform:
-        taken = {
-            (vm_type, version)
-            for vm_type in (SEV, SEV_ES)
-            for version in range(4)
-            if Guest(platform, init=False, vm_type=vm_type).init2(ghcb_version=version)[0].ret == 0
-        }
-    assert taken == {(SEV, 0), (SEV_ES, 0), (SEV_ES, 1), (SEV_ES, 2)}
+    good = {(SEV, 0), (SEV_ES, 0), (SEV_ES, 1), (SEV_ES, 2)}
+    assert taken_by_init2(profile, "ghcb_version", range(4)) == good
 
 
 @pytest.mark.parametrize("command", [0, 1])
@@ -263,16 +263,18 @@ def test_old_init_is_for_a_plain_vm_once_and_without_vcpus(make, command):
     plain = make(0)
     assert plain.sev(plain.vm, command, error=MARK) == ((0, 0), MARK)
     assert plain.sev(plain.vm, command, error=MARK) == (EINVAL, MARK)
-    assert make(SEV).sev(make(SEV).vm, command)[0] == EINVAL
+    typed = make(SEV)
+    assert typed.sev(typed.vm, command)[0] == EINVAL
     late = make(0)
     late.add_vcpu()
     assert late.sev(late.vm, command)[0] == EINVAL
 
 
-@pytest.mark.parametrize("command", LEGACY)
+@pytest.mark.parametrize("command", [*LEGACY, lib.KVM_SEV_RECEIVE_UPDATE_DATA])
 def test_launch_of_sev_guest_is_not_simulated(make, command):
     guest = make(SEV)
-    assert guest.sev(guest.vm, command)[0] == ENOTTY
+    expected = EINVAL if command == lib.KVM_SEV_RECEIVE_UPDATE_DATA else ENOTTY
+    assert guest.sev(guest.vm, command)[0] == expected
     guest.ok(guest.init2()[0])
     assert guest.sev(guest.vm, command)[0] == ENOSYS
 

@@ -198,7 +198,7 @@ class SoftCpu:
         if self._stopped is not None:
             return self._stopped
         self._check_answered()
-        if self._has_work_left:
+        if self.unfinished:
             return self._before_entry()
         self._machine.current = self._core
         code = step(self._core)
@@ -215,10 +215,6 @@ class SoftCpu:
         self.ticks += used
         self._machine.ticks += used
         return used
-
-    @property
-    def _has_work_left(self) -> bool:
-        return bool(self._writes) or self._pending is not None or self._mmio is not None
 
     def _before_entry(self) -> Event | None:
         """Do what was left undone: an event to deliver, a device access to finish."""
@@ -332,13 +328,13 @@ class SoftCpu:
     @property
     def unfinished(self) -> bool:
         """Whether an event or a device access has to be finished before an event is injected."""
-        return self._has_work_left
+        return bool(self._writes) or self._pending is not None or self._mmio is not None
 
     @property
     def interruptible(self) -> bool:
         """Whether an interrupt can be injected now: IF set, no interrupt shadow."""
         state = self._core.state
-        return bool(state.rflags & _IF) and not (self._has_work_left or state.shadow)
+        return bool(state.rflags & _IF) and not (self.unfinished or state.shadow)
 
     @property
     def stop_at_cr8(self) -> bool:

@@ -78,8 +78,9 @@ class Machine:
         def ask_both(address: int, size: int) -> bool:
             if self.current is not None and self.current.debug.hits_code(address):
                 return True
-            wanted = ask is not None and (places is None or address in places)
-            return wanted and ask is not None and ask(address, size)
+            if ask is None or (places is not None and address not in places):
+                return False
+            return ask(address, size)
 
         everywhere = ask is not None and places is None
         self._engine.watch(ask_both, None if everywhere else own | set(places or ()))

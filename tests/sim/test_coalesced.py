@@ -8,7 +8,7 @@ import pytest
 
 from kvmlaunch.uapi import ffi, lib
 
-from .driver import PAGE, Driver, simulated, struct
+from .driver import PAGE, struct
 from .plain_vm import Vm
 from .scripted import IN_BUFFER, answered, asks, ioio
 from .test_plain_run import OK
@@ -41,32 +41,28 @@ def entries(run):
     return found
 
 
-def test_capabilities_name_the_page_of_the_ring():
-    with simulated() as platform:
-        driver = Driver(platform)
-        kvm = driver.open_kvm()
-        assert driver.ioctl(kvm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_COALESCED_MMIO) == (2, 0)
-        assert driver.ioctl(kvm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_COALESCED_PIO) == (1, 0)
+def test_capabilities_name_the_page_of_the_ring(driver):
+    kvm = driver.open_kvm()
+    assert driver.ioctl(kvm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_COALESCED_MMIO) == (2, 0)
+    assert driver.ioctl(kvm, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_COALESCED_PIO) == (1, 0)
 
 
 @pytest.mark.parametrize("add", [True, False])
-def test_zone_that_is_neither_mmio_nor_port_is_einval(add):
-    with simulated() as platform:
-        driver = Driver(platform)
-        vm = driver.create_vm(0)
-        assert zone(driver, vm, 0, 8, 2, add=add) == EINVAL
-        assert driver.ioctl(vm, lib.KVM_REGISTER_COALESCED_MMIO, 8) == (-1, errno.EFAULT)
+def test_zone_that_is_neither_mmio_nor_port_is_einval(driver, vm, add):
+    assert zone(driver, vm, 0, 8, 2, add=add) == EINVAL
 
 
-def test_zones_of_a_bus_beyond_1000_are_enospc():
+@pytest.mark.parametrize("name", ["KVM_REGISTER_COALESCED_MMIO", "KVM_UNREGISTER_COALESCED_MMIO"])
+def test_zone_that_is_out_of_reach_is_efault(driver, vm, name):
+    assert driver.ioctl(vm, getattr(lib, name), 8) == (-1, errno.EFAULT)
+
+
+def test_zones_of_a_bus_beyond_1000_are_enospc(driver, vm):
     # kvm_main.c: NR_IOBUS_DEVS.
-    with simulated() as platform:
-        driver = Driver(platform)
-        vm = driver.create_vm(0)
-        for at in range(1000):
-            driver.ok(zone(driver, vm, at * 8, 8))
-        assert zone(driver, vm, 0x8000, 8) == (-1, errno.ENOSPC)
-        assert zone(driver, vm, 0x80, 8, 1) == OK
+    for at in range(1000):
+        driver.ok(zone(driver, vm, at * 8, 8))
+    assert zone(driver, vm, 0x8000, 8) == (-1, errno.ENOSPC)
+    assert zone(driver, vm, 0x80, 8, 1) == OK
 
 
 def test_writes_in_a_zone_wait_in_the_ring():

@@ -115,8 +115,8 @@ class InterruptWindow:
 class IoRead:
     """IN or INS, plain guests only; answer it with `SoftCpu.complete`.
 
-    A repeated INS reads `count` items of `size` bytes at once, within the page it writes to; the
-    first is lowest in the answer.
+    A repeated INS reads `count` items of `size` bytes at once, at most as many as the page it
+    writes to has bytes left (as KVM does); the first is lowest in the answer.
     """
 
     port: int

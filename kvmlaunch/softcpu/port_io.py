@@ -107,12 +107,12 @@ class PortIo:
             self._finish()
 
     def _items(self) -> int:
-        """pio_in_emulated(): how much a repeated INS reads ahead."""
+        """pio_in_emulated(): what a repeated INS reads ahead, as many items as bytes are left."""
         if not self._string or not self._instruction.repeat:
             return 1
         down = self._core.state.rflags & _DF
         offset = self._core.state.gpr[_RDI] & self._width() & _PAGE - 1
-        in_page = (offset if down else _PAGE - offset) // self._size
+        in_page = offset if down else _PAGE - offset
         return max(1, min(in_page, _READ_AHEAD // self._size, self._count()))
 
     def _width(self) -> int:

@@ -119,7 +119,7 @@ def test_mmio_read_when_user_space_changes_registers_is_answered_once():
 
 
 def test_repeated_string_in_reads_ahead_within_its_page():
-    """pio_in_emulated(): at most 1024 bytes, and not beyond the page."""
+    """pio_in_emulated(): at most 1024 bytes, and as many items as there are bytes in the page."""
     # mov di, 0x4ffe; mov cx, 5; mov dx, 0x3f8; cld; rep insb; hlt
     vm = Vm(bytes.fromhex("bffe4f b90500 baf803 fc f36c f4"))
     sizes = []
@@ -132,14 +132,30 @@ def test_repeated_string_in_reads_ahead_within_its_page():
     assert vm.regs.rcx & 0xFFFF == 0
 
 
-def test_repeated_string_in_when_user_space_changes_the_count_fills_only_that():
+@pytest.mark.parametrize(
+    ("rdi", "rflags", "counts"),
+    [(0x4FFE, 2, [2, 3]), (0x4FFC, 2, [4, 1]), (0x5002, 0x402, [2, 3])],
+)
+def test_repeated_string_in_of_words_counts_items_by_bytes_of_the_page(rdi, rflags, counts):
+    """So did the /dev/kvm of a 6.18."""
+    vm = Vm(bytes.fromhex("f36d f4"))
+    vm.set_regs(rdi=rdi, rcx=5, rdx=0x3F8, rflags=rflags)
+    seen = []
+    while vm.enter() == (OK, lib.KVM_EXIT_IO):
+        assert vm.run.io.size == 2
+        seen.append(vm.run.io.count)
+    assert seen == counts
+
+
+@pytest.mark.parametrize(("left", "stored"), [(1, b"a\0"), (0, b"\0\0")])
+def test_repeated_string_in_when_user_space_changes_the_count_fills_only_that(left, stored):
     """userspace_io_test: the kernel doesn't overflow its buffer."""
     vm = Vm(bytes.fromhex("bf0050 b90200 baf803 fc f36c f4"))
     assert vm.enter() == (OK, lib.KVM_EXIT_IO)
     ffi.buffer(ffi.cast("char *", vm.run) + 0x1000, 2)[:] = b"ab"
-    vm.set_regs(rcx=1)
+    vm.set_regs(rcx=left)
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
-    assert vm.ram.read(2, 0x5000) == b"a\0"
+    assert vm.ram.read(2, 0x5000) == stored
     assert vm.regs.rcx & 0xFFFF == 0
 
 

@@ -83,12 +83,24 @@ def test_outs_when_repeated_gives_one_event_per_element() -> None:
 def test_ins_when_direction_is_down_stores_backwards() -> None:
     guest = Guest(snp=False)
     cpu = guest.start(b"\xf3\x66\x6d\xf4", rcx=2, rdi=0x5002, rdx=0x10, rflags=0x402)
-    for value in (0x1111, 0x2222):
-        assert cpu.run(1000) == IoRead(0x10, 2)
-        cpu.complete(value)
+    assert cpu.run(1000) == IoRead(0x10, 2, 2)
+    cpu.complete(0x2222_1111)
     assert cpu.run(1000) == Halt()
     assert guest.memory.main[0x5000:0x5004] == b"\x22\x22\x11\x11"
     assert cpu.read("rdi") == 0x5000 - 2
+
+
+def test_ins_when_the_next_page_is_not_there_ends_before_it() -> None:
+    guest = Guest(snp=False)
+    guest.memory.size = 0x5000
+    cpu = guest.start(b"\xf3\x66\x6d\xf4", rcx=5, rdi=0x4FFE, rdx=0x10)
+    assert cpu.run(1000) == IoRead(0x10, 2, 2)
+    cpu.complete(0x2222_1111)
+    event = cpu.run(1000)
+    assert isinstance(event, NestedFault)
+    assert event.gpa == 0x5000
+    assert guest.memory.main[0x4FFE:0x5002] == b"\x11\x11\0\0"
+    assert (cpu.read("rcx"), cpu.read("rdi")) == (4, 0x5000)
 
 
 @pytest.mark.parametrize("becomes", ["absent", "device"])

@@ -74,6 +74,20 @@ def test_watched_data_when_only_near_goes_on(at: int, length: int, stops: bool) 
     assert cpu.run(1000) == (DebugTrap(DB, 1) if stops else Halt())
 
 
+def test_watched_write_when_its_page_was_read_before_stops() -> None:
+    _, cpu = start(LOAD[:5] + STORE, control(DATA, 1, 3))
+    assert cpu.run(1000) == DebugTrap(DB, 1)
+    assert cpu.read("rip") == 0x100A
+
+
+def test_watched_data_when_its_page_was_written_before_stops() -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(STORE + STORE)
+    assert cpu.run(1000) == Halt()
+    cpu.set_debug(control(DATA, 1, 3))
+    assert cpu.run(1000) == DebugTrap(DB, 1)
+
+
 def test_watched_page_when_it_is_not_there_is_still_a_fault() -> None:
     guest, cpu = start(STORE, control(DATA, 1, 3))
     guest.memory.size = 0x5000

@@ -445,6 +445,17 @@ def test_segment_base_when_written_by_msr_leaves_the_rest(msr: int, name: str) -
     assert dataclasses.replace(after, base=0) == dataclasses.replace(before, base=0)
 
 
+@pytest.mark.parametrize("msr", [0xC0000100, 0xC0000101, 0xC0000082, 0xC0000083, 0xC0000102])
+def test_base_when_not_canonical_is_a_fault_though_the_owner_wants_msrs(msr: int) -> None:
+    guest = Guest(snp=False)
+    cpu = guest.start(bytes.fromhex("0f30 f4"), rcx=msr, rax=0, rdx=1 << 15)
+    guest.machine.intercept_msrs(lambda _index, _write: False)
+    seen: list[tuple[int, int | None]] = []
+    cpu.on_exception = lambda vector, code: seen.append((vector, code))
+    cpu.run(1000)
+    assert seen[0] == (13, 0)
+
+
 def test_tsc_when_ahead_shows_in_rdtsc() -> None:
     cpu = plain("0f31")
     cpu.tsc_offset = 7 << 32
@@ -471,6 +482,8 @@ def test_xcr0_when_cpuid_has_the_components_takes_them(value: int) -> None:
         ({"rax": 0xE3}, 0),  # AVX-512 without AVX
         ({"rax": 0x27}, 0),  # a part of AVX-512
         ({"rax": 0x407}, 0),  # not in CPUID
+        ({"rax": 0xB}, 0),  # a part of MPX
+        ({"rax": 0x20007}, 0),  # a part of AMX
         ({"rax": 7, "rdx": 1}, 0),
         ({"rax": 7, "rcx": 1}, 0),
         ({"rax": 7, "cr4": 0}, None),  # #UD
@@ -479,7 +492,7 @@ def test_xcr0_when_cpuid_has_the_components_takes_them(value: int) -> None:
 def test_xcr0_when_the_value_cannot_be_is_a_fault(
     changes: dict[str, int], error: int | None
 ) -> None:
-    guest = Guest(snp=False, cpuid=lambda leaf, _i: (0x2E7 if leaf == 0xD else 0, 0, 0, 0))
+    guest = Guest(snp=False, cpuid=lambda leaf, _i: (0x602FF if leaf == 0xD else 0, 0, 0, 0))
     seen: list[tuple[int, int | None]] = []
     state = {"cr4": 1 << 18, "rcx": 0, "rdx": 0, **changes}
     cpu = guest.start(XSETBV, **state)
@@ -487,3 +500,13 @@ def test_xcr0_when_the_value_cannot_be_is_a_fault(
     cpu.run(1000)
     assert seen[0] == ((13, 0) if error == 0 else (6, None))
     assert cpu.read("xcr0") == 1
+
+
+def test_xcr0_when_user_code_writes_it_is_a_fault() -> None:
+    guest = Guest(snp=False, cpuid=lambda leaf, _i: (0x2E7 if leaf == 0xD else 0, 0, 0, 0))
+    start_protected(guest, XSETBV, cpl=3, cr4=1 << 18, rax=0x207, rcx=0, rdx=0)
+    seen: list[tuple[int, int | None]] = []
+    guest.cpu.on_exception = lambda vector, code: seen.append((vector, code))
+    guest.cpu.run(1000)
+    assert seen[0] == (13, 0)
+    assert guest.cpu.read("xcr0") == 1

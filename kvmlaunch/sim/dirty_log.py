@@ -76,7 +76,7 @@ def clear_dirty_log(vm: Vm, log: Any) -> None:
         refuse(errno.EINVAL)
     slot, dirty = _logged(vm, log.slot)
     left = slot.npages - first
-    if left < 0 or count > left or (count < left and count % _LONG):
+    if count > left or (count < left and count % _LONG):
         refuse(errno.EINVAL)
     bits = vm.host.user.read(log.dirty_bitmap, _bytes(count))
     vm.sync_user_memory()

@@ -88,6 +88,35 @@ def test_log_begins_anew_when_it_was_read():
     assert vm.dirty == {3, 5}, "the pages are write-protected again"
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_log_begins_anew_for_a_guest_that_goes_on(by_hand):
+    # mov byte [0x3000], 1; hlt; mov byte [0x3000], 2; hlt
+    vm = Logged(bytes.fromhex("c606003001 f4 c606003002 f4"))
+    vm.ok(vm.ioctl(vm.vcpu, lib.KVM_RUN))
+    if by_hand:
+        assert vm.manual() == OK
+    assert vm.dirty == {3}
+    if by_hand:
+        assert vm.clear_log(bits=1 << 3) == OK
+    assert vm.dirty == set()
+    vm.ok(vm.ioctl(vm.vcpu, lib.KVM_RUN))
+    assert vm.dirty == {3}
+
+
+def run_with_clock(vm, gpa):
+    """Let KVM write the time there as it enters."""
+    words = ffi.new("uint64_t[]", [1, 0x12, gpa | 1])  # MSR_KVM_SYSTEM_TIME
+    assert vm.ok(vm.ioctl(vm.vcpu, lib.KVM_SET_MSRS, words)) == 1
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+
+
+def test_log_has_what_kvm_writes_itself():
+    vm = Logged(b"\xf4")
+    run_with_clock(vm, 0x6000)
+    assert vm.dirty == {6}
+    assert vm.ram.read(32, 0x6000) != bytes(32)
+
+
 def test_log_tells_a_write_to_a_page_that_was_only_read_before():
     # mov al, [0x3000]; hlt; mov byte [0x3000], 1; hlt
     vm = Logged(bytes.fromhex("a00030 f4 c606003001 f4"))
@@ -191,11 +220,9 @@ def test_page_of_a_log_that_user_space_writes_stays_clean():
 # Read-only slots
 
 
-def test_write_to_a_read_only_slot_exits_and_changes_nothing():
-    # mov ax, 0x1000; mov ds, ax; mov al, [8]; mov byte [8], 0x55; mov bl, [8]; hlt
-    vm = Vm(bytes.fromhex("b80010 8ed8 a00800 c606080055 8a1e0800 f4"))
+def read_only_page(vm):
+    """One page at 0x10000."""
     rom = Memory(PAGE)
-    rom.write(b"\xab", 8)
     region = struct(
         "kvm_userspace_memory_region",
         slot=1,
@@ -205,6 +232,21 @@ def test_write_to_a_read_only_slot_exits_and_changes_nothing():
         userspace_addr=rom.address,
     )
     vm.ok(vm.ioctl(vm.vm, lib.KVM_SET_USER_MEMORY_REGION, region))
+    return rom
+
+
+def test_write_of_kvm_to_a_read_only_slot_is_not_done():
+    vm = Vm(b"\xf4")
+    rom = read_only_page(vm)
+    run_with_clock(vm, 0x10000)
+    assert rom.read() == bytes(PAGE)
+
+
+def test_write_to_a_read_only_slot_exits_and_changes_nothing():
+    # mov ax, 0x1000; mov ds, ax; mov al, [8]; mov byte [8], 0x55; mov bl, [8]; hlt
+    vm = Vm(bytes.fromhex("b80010 8ed8 a00800 c606080055 8a1e0800 f4"))
+    rom = read_only_page(vm)
+    rom.write(b"\xab", 8)
     assert vm.enter() == (OK, lib.KVM_EXIT_MMIO)
     mmio = vm.run.mmio
     assert (mmio.phys_addr, mmio.len, mmio.is_write, mmio.data[0]) == (0x10008, 1, 1, 0x55)

@@ -100,3 +100,48 @@ def test_ioeventfd_is_signalled_after_what_the_guest_wrote_before(user):
         thread.join(10)
         assert not thread.is_alive()
     os.close(event)
+
+
+# inc word [0x3000]; jmp to it
+COUNT = bytes.fromhex("ff060030 ebfa")
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_dirty_log_is_not_ahead_of_what_the_guest_wrote(user, by_hand):
+    with simulated(user=user) as platform:
+        vm = Vm(COUNT, platform=platform)
+        region = struct(
+            "kvm_userspace_memory_region",
+            flags=lib.KVM_MEM_LOG_DIRTY_PAGES,
+            memory_size=16 * PAGE,
+            userspace_addr=vm.ram.address,
+        )
+        vm.ok(vm.ioctl(vm.vm, lib.KVM_SET_USER_MEMORY_REGION, region))
+        if by_hand:
+            cap = struct("kvm_enable_cap", cap=lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+            cap.args[0] = lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+            vm.ok(vm.ioctl(vm.vm, lib.KVM_ENABLE_CAP, cap))
+        bits = ffi.new("uint64_t[]", 1)
+        log = struct("kvm_dirty_log", dirty_bitmap=address_of(bits))
+        clear = struct("kvm_clear_dirty_log", num_pages=16, dirty_bitmap=address_of(bits))
+        thread = threading.Thread(target=vm.enter)
+        thread.start()
+        seen = []
+        try:
+            for _ in range(3):
+                end = time.monotonic() + 10
+                bits[0] = 0
+                while not bits[0] & 1 << 3:
+                    assert time.monotonic() < end, "the page isn't write-protected again"
+                    vm.ok(vm.ioctl(vm.vm, lib.KVM_GET_DIRTY_LOG, log))
+                before = vm.ram.read(2, 0x3000)
+                if by_hand:
+                    time.sleep(0.02)
+                    vm.ok(vm.ioctl(vm.vm, lib.KVM_CLEAR_DIRTY_LOG, clear))
+                    assert vm.ram.read(2, 0x3000) != before, "written between GET and CLEAR"
+                seen.append(vm.ram.read(2, 0x3000))
+        finally:
+            vm.run.immediate_exit = 1
+            thread.join(10)
+        assert not thread.is_alive()
+    assert len(set(seen)) > 1

@@ -74,6 +74,6 @@ def _bus(zone: Any) -> bool:
 def _holds(zone: tuple[bool, int, int], address: int, size: int) -> bool:
     """coalesced_mmio_in_range(), whose length is an int."""
     _, start, length = zone
-    if size >> 31 or address + size >> 64:
+    if size >> 31:
         return False
     return address >= start and address + size <= start + length & (1 << 64) - 1

@@ -65,6 +65,27 @@ def test_zones_of_a_bus_beyond_1000_are_enospc(driver, vm):
     assert zone(driver, vm, 0x80, 8, 1) == OK
 
 
+TOP = 1 << 64
+
+
+@pytest.mark.parametrize(
+    ("registered", "part"),
+    [
+        ((0, 0xFFFFFFFF), (0, 1 << 31)),  # a negative length
+        ((TOP - 8, 8), (TOP - 8, 4)),  # an end beyond 64 bits is 0 and on
+        ((TOP - 8, 16), (TOP - 8, 16)),
+        ((0, 8), (4, 8)),
+    ],
+)
+def test_zone_that_does_not_hold_a_range_stays_when_that_is_unregistered(
+    driver, vm, registered, part
+):
+    for _ in range(1000):
+        driver.ok(zone(driver, vm, *registered))
+    driver.ok(zone(driver, vm, *part, add=False))
+    assert zone(driver, vm, *registered) == (-1, errno.ENOSPC)
+
+
 def test_writes_in_a_zone_wait_in_the_ring():
     vm = Vm(OUT_TWICE)
     vm.ok(zone(vm, vm.vm, 0x80, 2, 1))

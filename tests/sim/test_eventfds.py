@@ -396,10 +396,14 @@ class Meanwhile(OwnProcess):
     """Something else happens in the middle of a call that names an eventfd."""
 
     does: Callable[[], object] = staticmethod(lambda: None)
+    told = 0
 
     def eventfd(self, fd: int) -> Eventfd:
         self.does()
         return super().eventfd(fd)
+
+    def has_written(self) -> None:
+        self.told += 1
 
 
 def test_irqfd_when_the_owner_reads_first_blocks_nobody() -> None:
@@ -426,6 +430,7 @@ def test_irqfd_when_the_owner_reads_first_blocks_nobody() -> None:
         caller.join()
         assert not is_blocked
         wait_until(lambda: not select.select([event], [], [], 0)[0])
+        wait_until(lambda: user.told == 1)  # not for what the owner has read
     os.close(event)
     os.close(other)
 

@@ -37,6 +37,10 @@ class Copies(OwnProcess):
     def has_copy(self, address: int) -> bool:
         return address in self._pages
 
+    def copied(self, address: int, size: int) -> bytes:
+        """What the guest sees at the start of a page."""
+        return peek(self._pages[address][1], size)
+
     def wants_sync(self, *, idle: bool) -> bool:
         return self.due or idle
 
@@ -102,8 +106,8 @@ def test_ioeventfd_is_signalled_after_what_the_guest_wrote_before(user):
     os.close(event)
 
 
-# inc word [0x3000]; jmp to it
-COUNT = bytes.fromhex("ff060030 ebfa")
+# inc dword [0x3000]; jmp to it
+COUNT = bytes.fromhex("66ff060030 ebf9")
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -133,13 +137,16 @@ def test_dirty_log_is_not_ahead_of_what_the_guest_wrote(user, by_hand):
                 bits[0] = 0
                 while not bits[0] & 1 << 3:
                     assert time.monotonic() < end, "the page isn't write-protected again"
+                    time.sleep(0.002)  # calls come first, the guest in between
                     vm.ok(vm.ioctl(vm.vm, lib.KVM_GET_DIRTY_LOG, log))
-                before = vm.ram.read(2, 0x3000)
+                before = vm.ram.read(4, 0x3000)
                 if by_hand:
-                    time.sleep(0.02)
+                    while user.copied(vm.ram.address + 0x3000, 4) == before:
+                        assert time.monotonic() < end, "the guest doesn't run"
+                        time.sleep(0.002)
                     vm.ok(vm.ioctl(vm.vm, lib.KVM_CLEAR_DIRTY_LOG, clear))
-                    assert vm.ram.read(2, 0x3000) != before, "written between GET and CLEAR"
-                seen.append(vm.ram.read(2, 0x3000))
+                    assert vm.ram.read(4, 0x3000) != before, "written between GET and CLEAR"
+                seen.append(vm.ram.read(4, 0x3000))
         finally:
             vm.run.immediate_exit = 1
             thread.join(10)

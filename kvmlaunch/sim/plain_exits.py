@@ -26,7 +26,6 @@ _UD = 6
 _PREFIXES = frozenset(b"\x66\x67\xf0\xf2\xf3\x2e\x36\x3e\x26\x64\x65")
 _REX = range(0x40, 0x50)
 _X87 = range(0xD8, 0xE0)
-_X87_KNOWN = ((0xD9, 7), (0xDD, 7))  # FNSTCW, FNSTSW
 
 
 def _kvm_lacks(code: bytes, bits: int) -> bool:
@@ -35,12 +34,9 @@ def _kvm_lacks(code: bytes, bits: int) -> bool:
     It lacks others, which this CPU executes.
     """
     at = 0
-    while code[at : at + 1] and (code[at] in _PREFIXES or (bits == 64 and code[at] in _REX)):
+    while at < len(code) and (code[at] in _PREFIXES or (bits == 64 and code[at] in _REX)):
         at += 1
-    opcode, modrm = code[at : at + 1], code[at + 1 : at + 2]
-    if not modrm or opcode[0] not in _X87:
-        return False
-    return (opcode[0], modrm[0] >> 3 & 7) not in _X87_KNOWN
+    return at < len(code) and code[at] in _X87
 
 
 def handlers(running: VcpuRun) -> dict[type[Any], Callable[[Any], int]]:

@@ -12,6 +12,7 @@ from kvmlaunch.abi.page import PAGE_SIZE
 from kvmlaunch.sim import interrupts, msrs, registers, vcpu_events, vcpu_msrs
 from kvmlaunch.sim.cpuid_table import get_cpuid, set_cpuid
 from kvmlaunch.sim.enable_cap import enable_vcpu_cap
+from kvmlaunch.sim.tsc import MAX_KHZ
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.uapi import ffi, lib
 
@@ -272,7 +273,10 @@ def _smi(vcpu: Vcpu, arg: int) -> int:
 
 
 def _set_tsc_khz(vcpu: Vcpu, arg: int) -> int:
-    vcpu.tsc_khz = arg & 0xFFFFFFFF or vcpu.vm.host.tsc_khz
+    khz = arg & 0xFFFFFFFF
+    if khz >= MAX_KHZ:
+        refuse(errno.EINVAL)
+    vcpu.tsc_khz = khz or vcpu.vm.host.tsc_khz
     return 0
 
 

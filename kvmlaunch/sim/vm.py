@@ -20,7 +20,7 @@ from kvmlaunch.sim.msr_filter import MsrFilter, set_filter
 from kvmlaunch.sim.scheduler import Scheduler
 from kvmlaunch.sim.sev import SevVm, encrypt_op, register_region, unregister_region
 from kvmlaunch.sim.slots import Attributes, Slots
-from kvmlaunch.sim.tsc import TscMatching
+from kvmlaunch.sim.tsc import MAX_KHZ, TscMatching
 from kvmlaunch.sim.uaccess import copy_in, copy_out, refuse
 from kvmlaunch.sim.vcpu import Vcpu, VcpuFile
 from kvmlaunch.softcpu import CpuOptions, Machine
@@ -35,7 +35,6 @@ __all__ = ["Vm", "VmFile"]
 
 _TSS_PAGES = 3 * 4096
 _MIN_ALLOC_MMU_PAGES = 64
-_MAX_TSC_KHZ = 0x7FFFFFFF
 
 
 class Vm:
@@ -397,7 +396,7 @@ class VmFile(File):
         return 0
 
     def _set_tsc_khz(self, arg: int) -> int:
-        if arg & 0xFFFFFFFF >= _MAX_TSC_KHZ:
+        if arg & 0xFFFFFFFF >= MAX_KHZ:
             refuse(errno.EINVAL)
         if self.vm.vcpus and not self.vm.host.profile.vm_tsc_khz_after_vcpu:
             refuse(errno.EINVAL)

@@ -116,6 +116,20 @@ def test_second_write_close_to_the_first_means_the_same(machine, ahead, matched)
     assert difference == (0 if matched else ahead)
 
 
+@pytest.mark.parametrize(("ahead", "matched"), [(1000, True), (1 << 40, False)])
+def test_write_close_to_a_negative_offset_means_the_same(ahead, matched):
+    vm = Vm(bytes.fromhex("b9a00f 49 75fd f4"))  # mov cx, 4000; dec cx; jnz: the TSC goes on
+    other = vm.ok(vm.ioctl(vm.vm, lib.KVM_CREATE_VCPU, 1))
+    vm.enter()
+    offset = ffi.new("uint64_t *", (1 << 64) - 500)
+    attr = struct("kvm_device_attr", group=lib.KVM_VCPU_TSC_CTRL, attr=lib.KVM_VCPU_TSC_OFFSET)
+    attr.addr = int(ffi.cast("uintptr_t", offset))
+    vm.ok(vm.ioctl(vm.vcpu, lib.KVM_SET_DEVICE_ATTR, attr))
+    now = get_msr(vm, TSC)
+    set_msr(vm, TSC, now + ahead, other)
+    assert get_msr(vm, TSC, other) == now + (0 if matched else ahead)
+
+
 def test_first_write_is_taken_as_it_is_although_it_is_small(machine):
     """The second of slop holds between writes of user space only."""
     set_msr(machine, TSC, 1000)

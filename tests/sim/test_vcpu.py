@@ -301,6 +301,15 @@ def test_tsc_khz_of_vcpu(machine):
     assert machine.call("KVM_GET_TSC_KHZ") == (1234567, 0)
 
 
+@pytest.mark.parametrize("khz", [0x7FFFFFFF, 0xFFFFFFFF])
+def test_tsc_khz_that_is_too_big_is_einval(machine, khz):
+    """max_guest_tsc_khz: what KVM_GET_TSC_KHZ returns is an int."""
+    assert machine.call("KVM_SET_TSC_KHZ", khz) == EINVAL
+    assert machine.ioctl(machine.vm, lib.KVM_SET_TSC_KHZ, khz) == EINVAL
+    for target in (machine.vcpu, machine.vm):
+        assert machine.ioctl(target, lib.KVM_SET_TSC_KHZ, 0x7FFFFFFE) == OK
+
+
 # PRE_FAULT
 
 

@@ -203,7 +203,8 @@ def _load_32(vcpu: Vcpu, area: bytes) -> bool:
         selector_at = _SELECTORS_AT_32 + 4 * _SELECTORS_32.index(name)
         (selector,) = struct.unpack_from("<I", area, selector_at)
         segments[name] = _segment(selector & 0xFFFF, flags, limit, base)
-    return _load(vcpu, words, 0, segments, area[_SHADOW_32])
+    # EFER isn't in this area: it is what it was.
+    return _load(vcpu, words, state.efer, segments, area[_SHADOW_32])
 
 
 def _load(

@@ -152,7 +152,7 @@ class Vcpu:
             self.vm.scheduler.wake()
 
     def set_smm(self, inside: bool) -> None:
-        """kvm_smm_changed(): from now on its memory is another."""
+        """kvm_smm_changed(), where it runs: from now on its memory is another."""
         self.smm = inside
         self.smm_inside_nmi = False
         self.vm.slots.use_space(int(inside))

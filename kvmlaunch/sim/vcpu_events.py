@@ -76,7 +76,8 @@ def take(vcpu: Vcpu, events: Any) -> None:
 
 def _take_smm(vcpu: Vcpu, smi: Any) -> None:
     if vcpu.smm != bool(smi.smm):
-        vcpu.set_smm(bool(smi.smm))
+        # Its memory changes when it runs next: now it may be another vCPU that does.
+        vcpu.smm, vcpu.smm_inside_nmi = bool(smi.smm), False
     vcpu.smi_pending = bool(smi.pending)
     if smi.smm:
         vcpu.smm_inside_nmi = bool(smi.smm_inside_nmi)

@@ -201,6 +201,9 @@ def _set_mp_state(vcpu: Vcpu, arg: int) -> int:
         wanted not in apic_states or not vcpu.vm.irq.in_kernel
     ):
         refuse(errno.EINVAL)
+    waits_for_start = (lib.KVM_MP_STATE_INIT_RECEIVED, lib.KVM_MP_STATE_SIPI_RECEIVED)
+    if wanted in waits_for_start and (vcpu.smm or vcpu.smi_pending):
+        refuse(errno.EINVAL)
     vcpu.sipi_pending = wanted == lib.KVM_MP_STATE_SIPI_RECEIVED
     vcpu.mp_state = lib.KVM_MP_STATE_INIT_RECEIVED if vcpu.sipi_pending else wanted
     return 0

@@ -334,7 +334,7 @@ class VcpuRun:
             return None
         elif vcpu.smi_pending and not (vcpu.smm or cpu.unfinished):
             vcpu.smi_pending = False
-            vcpu.state.msrs[msrs.SMI_COUNT] += 1
+            vcpu.state.msrs[msrs.SMI_COUNT] = vcpu.state.msrs[msrs.SMI_COUNT] + 1 & msrs.U64
             smm.enter(vcpu)
             vcpu.vm.check_alive()
             if not self.load():

@@ -8,10 +8,10 @@ import pytest
 
 from kvmlaunch.uapi import lib
 
-from .driver import Memory, simulated, struct
-from .one_vcpu import Machine
+from .driver import PAGE, Memory, simulated, struct
+from .one_vcpu import EINVAL, Machine
 from .plain_vm import CODE, Vm
-from .test_tsc import get_msr, msr_entry
+from .test_tsc import get_msr, set_msr
 
 OK = (0, 0)
 SMBASE, SMRAM, AREA = 0x100000, 0x10000, 0xFE00
@@ -42,9 +42,7 @@ class SmmVm(Vm):
             userspace_addr=self.smram.address,
         )
         self.ok(self.ioctl(self.vm, lib.KVM_SET_USER_MEMORY_REGION, region))
-        keep, header = msr_entry(0x9E, SMBASE)
-        assert self.call("KVM_SET_MSRS", header) == (1, 0)
-        del keep
+        set_msr(self, 0x9E, SMBASE)
 
     def saved(self, offset):
         return int.from_bytes(self.smram.read(4, AREA + offset), "little")
@@ -87,13 +85,34 @@ def test_smm_shows_in_the_run_page_and_in_events():
     assert get_msr(vm, 0x34) == 1  # SMI_COUNT
 
 
-def test_rsm_takes_what_the_handler_left():
-    vm = SmmVm()
+@pytest.mark.parametrize(("long", "layout"), [(True, LAYOUT_64), (False, LAYOUT_32)])
+def test_rsm_takes_what_the_handler_left(long, layout):
+    vm = SmmVm(long=long)
     vm.enter_smm()
-    vm.smram.write((0x40).to_bytes(8, "little"), AREA + LAYOUT_64["rax"])
-    vm.smram.write(SMBASE.to_bytes(4, "little"), AREA + LAYOUT_64["smbase"])
+    vm.smram.write((0x40).to_bytes(4, "little"), AREA + layout["rax"])
+    vm.smram.write((SMBASE + 0x1000).to_bytes(4, "little"), AREA + layout["smbase"])
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
-    assert vm.regs.rax == 0x42
+    assert (vm.regs.rax, get_msr(vm, 0x9E)) == (0x42, SMBASE + 0x1000)
+
+
+@pytest.mark.parametrize(("long", "inside"), [(True, 0), (False, 1)])
+def test_efer_comes_back_although_the_32_bit_area_lacks_it(long, inside):
+    """enter_smm() and emulator_leave_smm() clear it for guests with long mode only."""
+    vm = SmmVm(long=long)
+    sregs = vm.get(vm.vcpu, lib.KVM_GET_SREGS)
+    sregs.efer = 1  # SCE
+    vm.ok(vm.call("KVM_SET_SREGS", sregs))
+    vm.enter_smm()
+    assert vm.get(vm.vcpu, lib.KVM_GET_SREGS).efer == inside
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.get(vm.vcpu, lib.KVM_GET_SREGS).efer == 1
+
+
+def test_smi_count_begins_anew_behind_64_bits():
+    vm = SmmVm()
+    set_msr(vm, 0x34, (1 << 64) - 1)
+    vm.enter_smm()
+    assert get_msr(vm, 0x34) == 0
 
 
 def test_rsm_when_the_state_cannot_be_is_a_shutdown():
@@ -191,14 +210,40 @@ def test_smm_of_one_vcpu_leaves_the_others_their_memory():
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
 
 
+def test_smm_by_events_of_one_vcpu_leaves_the_one_that_runs_its_memory():
+    vm = SmmVm()
+    other = vm.ok(vm.ioctl(vm.vm, lib.KVM_CREATE_VCPU, 1))
+    events = vm.get(other, lib.KVM_GET_VCPU_EVENTS)
+    events.smi.smm, events.flags = 1, lib.KVM_VCPUEVENT_VALID_SMM
+    vm.ok(vm.ioctl(other, lib.KVM_SET_VCPU_EVENTS, events))
+    slots = vm.platform._host.fds.get(vm.vm).vm.slots
+    assert (slots.find(CODE // PAGE) is None, slots.find(SMBASE // PAGE) is None) == (False, True)
+
+
+@pytest.mark.parametrize("by_events", [False, True], ids=["pending", "inside"])
+@pytest.mark.parametrize("state", ["INIT_RECEIVED", "SIPI_RECEIVED"])
+def test_vcpu_does_not_wait_for_its_start_in_smm(by_events, state):
+    """kvm_arch_vcpu_ioctl_set_mpstate(): INITs are latched, and an SMI comes first."""
+    with simulated() as platform:
+        machine = Machine(platform, split=True)
+        wanted = struct("kvm_mp_state", mp_state=getattr(lib, f"KVM_MP_STATE_{state}"))
+        events = machine.get(machine.vcpu, lib.KVM_GET_VCPU_EVENTS)
+        if by_events:
+            events.smi.smm = 1
+            machine.ok(machine.call("KVM_SET_VCPU_EVENTS", events))
+        else:
+            machine.ok(machine.call("KVM_SMI"))
+        assert machine.call("KVM_SET_MP_STATE", wanted) == EINVAL
+        halted = struct("kvm_mp_state", mp_state=lib.KVM_MP_STATE_HALTED)
+        assert machine.call("KVM_SET_MP_STATE", halted) == OK
+
+
 def test_smi_without_memory_kills_the_vm():
     vm = SmmVm()
-    keep, header = msr_entry(0x9E, 0x900000)
-    assert vm.call("KVM_SET_MSRS", header) == (1, 0)
+    set_msr(vm, 0x9E, 0x900000)
     vm.ok(vm.call("KVM_SMI"))
     assert vm.enter()[0] == (-1, errno.EIO)
     assert vm.call("KVM_GET_REGS", struct("kvm_regs")) == (-1, errno.EIO)
-    del keep
 
 
 def test_smi_of_a_guest_with_encrypted_state_is_dropped():

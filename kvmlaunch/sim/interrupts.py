@@ -9,13 +9,12 @@ if TYPE_CHECKING:
     from kvmlaunch.sim.vcpu import Vcpu
     from kvmlaunch.sim.vm import Vm
 
-__all__ = ["Interrupt", "Mode", "accept", "pend_nmi", "send", "send_message"]
+__all__ = ["Interrupt", "Mode", "accept", "most_nmis", "pend_nmi", "send", "send_message"]
 
 _LOGICAL, _ASSERT, _LEVEL = 1 << 11, 1 << 14, 1 << 15
 _SHORTHAND = 3 << 18
 _TO_SELF, _TO_ALL, _TO_OTHERS = 1 << 18, 2 << 18, 3 << 18
 _BROADCAST, _X2APIC_BROADCAST = 0xFF, 0xFFFFFFFF
-_MAX_NMIS = 2
 
 
 class Mode(enum.IntEnum):
@@ -162,9 +161,13 @@ def accept(vcpu: Vcpu, what: Interrupt) -> bool:
 
 
 def pend_nmi(vcpu: Vcpu) -> None:
-    """kvm_inject_nmi(), process_nmi(): one NMI more, of which no more than two wait."""
-    most = 1 if vcpu.nmi_masked else _MAX_NMIS
-    vcpu.nmi_pending = min(vcpu.nmi_pending + 1, most)
+    """kvm_inject_nmi(): one NMI more."""
+    vcpu.nmi_pending = min(vcpu.nmi_pending + 1, most_nmis(blocked=vcpu.nmis_blocked))
+
+
+def most_nmis(*, blocked: bool) -> int:
+    """process_nmi(): how many may wait."""
+    return 1 if blocked else 2
 
 
 def _matches(vcpu: Vcpu, destination: int, logical: bool) -> bool:

@@ -137,6 +137,11 @@ class Vcpu:
         self.running.unload()
 
     @property
+    def nmis_blocked(self) -> bool:
+        """svm_get_nmi_mask(): until the guest is done with the one that it got."""
+        return self.nmi_masked or self.running.nmi_blocked
+
+    @property
     def smbase(self) -> int:
         """Where the memory of SMM is."""
         return self.state.msrs[msrs.SMBASE]

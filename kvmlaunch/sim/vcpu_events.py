@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
+from kvmlaunch.sim.interrupts import most_nmis
 from kvmlaunch.sim.uaccess import refuse
 from kvmlaunch.uapi import lib
 
@@ -36,7 +37,7 @@ def fill(vcpu: Vcpu, out: Any) -> None:
         out.interrupt.injected, out.interrupt.nr = 1, vcpu.interrupt
     out.interrupt.shadow = _SHADOWS if running.shadow else 0
     out.nmi.pending = vcpu.nmi_pending
-    out.nmi.masked = vcpu.nmi_masked or running.nmi_blocked
+    out.nmi.masked = vcpu.nmis_blocked
     out.smi.smm, out.smi.pending = vcpu.smm, vcpu.smi_pending
     out.smi.smm_inside_nmi, out.smi.latched_init = vcpu.smm_inside_nmi, vcpu.init_pending
     out.flags = _REPORTED
@@ -58,17 +59,18 @@ def take(vcpu: Vcpu, events: Any) -> None:
     vcpu.interrupt = events.interrupt.nr if events.interrupt.injected else None
     if events.flags & lib.KVM_VCPUEVENT_VALID_SHADOW:
         running.shadow = bool(events.interrupt.shadow)
-    if events.flags & lib.KVM_VCPUEVENT_VALID_NMI_PENDING:
-        vcpu.nmi_pending = events.nmi.pending
     # Delivering an NMI blocks the next one, so the injected one comes before that.
-    vcpu.nmi_pending += events.nmi.injected
     blocked = bool(events.nmi.masked and not events.nmi.injected)
+    if events.flags & lib.KVM_VCPUEVENT_VALID_NMI_PENDING:
+        vcpu.nmi_pending = min(events.nmi.pending, most_nmis(blocked=blocked))
+    injected = bool(events.nmi.injected)
+    vcpu.nmi_pending = min(vcpu.nmi_pending + injected, most_nmis(blocked=False))
     if vcpu.sev_es is None:
         running.nmi_blocked = blocked
     else:
         vcpu.nmi_masked = blocked
     if events.flags & lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.vm.irq.in_kernel:
-        vcpu.sipi_vector = events.sipi_vector
+        vcpu.sipi_vector = events.sipi_vector & 0xFF
     if events.flags & lib.KVM_VCPUEVENT_VALID_SMM and vcpu.sev_es is None:
         _take_smm(vcpu, events.smi)
     vcpu.vm.scheduler.wake()

@@ -379,7 +379,7 @@ class VcpuRun:
         """kvm_arch_interrupt_allowed(), as it was when the guest stopped. No locks."""
         if self._loaded or self.vcpu.protected:
             return self._interruptible
-        return bool(self.vcpu.state.vmcb["rflags"] & _IF)
+        return bool(self.vcpu.state.vmcb["rflags"] & _IF) and not self._shadow
 
     # Exits
 
@@ -463,7 +463,7 @@ class VcpuRun:
             sync_regs.fill(vcpu)
         if not self._loaded and not vcpu.protected:
             self._interrupt_flag = bool(vcpu.state.vmcb["rflags"] & _IF)
-            self._interruptible = self._interrupt_flag
+            self._interruptible = self.takes_interrupts
         run.if_flag = self._interrupt_flag
         run.flags |= lib.KVM_RUN_X86_SMM if vcpu.smm else 0
         run.cr8 = vcpu.cr8

@@ -31,7 +31,7 @@ def vm_of(count: int = 1, *, x2apic: bool = True) -> Any:
         guest = SimpleNamespace(x2apic=True)
         state = SimpleNamespace(apic_base=0xFEE00800, guest=guest, apic_base_valid=lambda _: True)
         vcpu = SimpleNamespace(vm=vm, id=number, state=state, cpuid=LEAF_1, tsc_khz=KHZ)
-        vcpu.nmi_pending, vcpu.nmi_masked, vcpu.sipi_vector = 0, False, 0
+        vcpu.nmi_pending, vcpu.nmis_blocked, vcpu.sipi_vector = 0, False, 0
         vcpu.init_pending = vcpu.sipi_pending = False
         vcpu.apic = LocalApic(vcpu)
         if x2apic:

@@ -139,6 +139,61 @@ def test_masked_nmi_waits_although_registers_are_set():
     assert (vm.regs.rip, events_of(vm).nmi.masked) == (CODE + 2, 1)
 
 
+@pytest.mark.parametrize(
+    ("pending", "injected", "masked", "waiting"),
+    [(255, 0, 0, 2), (255, 0, 1, 1), (255, 255, 0, 2), (0, 255, 1, 1), (1, 0, 0, 1)],
+)
+def test_no_more_than_two_nmis_wait(machine, pending, injected, masked, waiting):
+    """process_nmi(); the injected one counts as waiting here."""
+    events = struct("kvm_vcpu_events", flags=lib.KVM_VCPUEVENT_VALID_NMI_PENDING)
+    events.nmi.pending, events.nmi.injected, events.nmi.masked = pending, injected, masked
+    assert machine.call("KVM_SET_VCPU_EVENTS", events) == OK
+    assert events_of(machine).nmi.pending == waiting
+
+
+def test_injected_nmis_do_not_add_up(machine):
+    events = struct("kvm_vcpu_events")
+    events.nmi.injected = 255
+    for _ in range(3):
+        assert machine.call("KVM_SET_VCPU_EVENTS", events) == OK
+    assert events_of(machine).nmi.pending == 2
+
+
+def test_one_nmi_waits_while_the_guest_handles_another():
+    vm = with_handler("40 f4", 2)
+    vm.ok(vm.ioctl(vm.vcpu, lib.KVM_NMI))
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    for _ in range(3):
+        vm.ok(vm.ioctl(vm.vcpu, lib.KVM_NMI))
+    assert (events_of(vm).nmi.masked, events_of(vm).nmi.pending) == (1, 1)
+
+
+def test_interrupt_shadow_that_is_set_delays_interrupts():
+    vm = Vm(b"\xf4")
+    vm.set_regs(rflags=0x202)
+    events = struct("kvm_vcpu_events", flags=lib.KVM_VCPUEVENT_VALID_SHADOW)
+    vm.run.immediate_exit = 1
+    for shadow, ready in ((1, 0), (0, 1)):
+        events.interrupt.shadow = shadow
+        vm.ok(vm.ioctl(vm.vcpu, lib.KVM_SET_VCPU_EVENTS, events))
+        vm.enter()
+        assert (vm.run.if_flag, vm.run.ready_for_interrupt_injection) == (1, ready)
+
+
+def test_sipi_vector_is_a_byte():
+    """kvm_vcpu_deliver_sipi_vector() takes no more of it."""
+    with require_simulated_cpu() as platform:
+        machine = Machine(platform, split=True)
+        events = struct("kvm_vcpu_events", flags=lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR)
+        events.sipi_vector = 0x12345678
+        assert machine.call("KVM_SET_VCPU_EVENTS", events) == OK
+        state = struct("kvm_mp_state", mp_state=lib.KVM_MP_STATE_SIPI_RECEIVED)
+        assert machine.call("KVM_SET_MP_STATE", state) == OK
+        machine.get(machine.vcpu, lib.KVM_GET_MP_STATE)
+        cs = machine.get(machine.vcpu, lib.KVM_GET_SREGS).cs
+        assert (cs.selector, cs.base) == (0x7800, 0x78000)
+
+
 def test_interrupt_shadow_survives_registers_that_are_set():
     vm = Vm(bytes.fromhex("fb e460 f4"))  # sti; in al, 0x60: the shadow covers it
     assert vm.enter() == (OK, lib.KVM_EXIT_IO)

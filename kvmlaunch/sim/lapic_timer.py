@@ -88,7 +88,8 @@ class Timer:
         """The current count."""
         if not self._period_ns:
             return 0
-        return self._left_ns() // (self._cycle_ns * self.divide)
+        # More is left where the TSC, which counts the time here, was made slower meanwhile.
+        return min(self._left_ns(), self._period_ns) // (self._cycle_ns * self.divide)
 
     def expire(self) -> None:
         """Notice that it has expired; expiries of the meantime are one."""

@@ -84,6 +84,13 @@ def test_timer_when_half_over_counts_half() -> None:
     assert apic.read_msr(0x838) == 1000
 
 
+def test_timer_when_the_tsc_is_made_slower_has_no_more_left_than_its_count() -> None:
+    vm, apic = started(0x40, 0xFFFFFFFF)
+    vm.vcpus[0].tsc_khz = 1
+    assert apic.read_msr(0x839) == 0xFFFFFFFF
+    assert apic.get_state()[0x390:0x394] == b"\xff" * 4
+
+
 def test_timer_when_bus_cycles_are_longer_is_slower() -> None:
     vm = vm_of()
     vm.irq.bus_cycle_ns = 10

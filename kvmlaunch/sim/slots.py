@@ -84,16 +84,14 @@ class Slots:
             self._vm.memory_changed(code=True)
 
     def writable(self, gpa: int, size: int) -> bool:
-        """Whether KVM could write there (kvm_gfn_to_hva_cache_init())."""
+        """Whether KVM could write there, outside SMM (kvm_gfn_to_hva_cache_init())."""
         first, last = gpa // PAGE_SIZE, (gpa + size - 1 & _U64) // PAGE_SIZE
-        slots = [self.find(gfn) for gfn in range(first, last + 1)]
+        slots = [_holding(self._by_gfn[0], gfn) for gfn in range(first, last + 1)]
         return bool(slots) and not any(slot is None or slot.is_read_only for slot in slots)
 
     def find(self, gfn: int) -> Slot | None:
         """The slot that holds a guest frame."""
-        slots = self._by_gfn[self._space]
-        at = bisect.bisect_right(slots, gfn, key=_base_gfn) - 1
-        return slots[at] if at >= 0 and gfn < slots[at].end_gfn else None
+        return _holding(self._by_gfn[self._space], gfn)
 
     def set_region(self, region: Any, *, v1: bool = False) -> None:
         """KVM_SET_USER_MEMORY_REGION and ...REGION2: check by check in the kernel's order."""
@@ -220,6 +218,11 @@ class Slots:
 
 def _base_gfn(slot: Slot) -> int:
     return slot.base_gfn
+
+
+def _holding(slots: list[Slot], gfn: int) -> Slot | None:
+    at = bisect.bisect_right(slots, gfn, key=_base_gfn) - 1
+    return slots[at] if at >= 0 and gfn < slots[at].end_gfn else None
 
 
 class Attributes:

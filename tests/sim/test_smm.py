@@ -11,7 +11,7 @@ from kvmlaunch.uapi import lib
 from .driver import PAGE, Memory, simulated, struct
 from .one_vcpu import EINVAL, Machine
 from .plain_vm import CODE, Vm
-from .test_tsc import get_msr, set_msr
+from .test_tsc import get_msr, msr_entry, set_msr
 
 OK = (0, 0)
 SMBASE, SMRAM, AREA = 0x100000, 0x10000, 0xFE00
@@ -208,6 +208,15 @@ def test_smm_of_one_vcpu_leaves_the_others_their_memory():
     assert tuple(vm.ioctl(other, lib.KVM_RUN)) == OK
     assert vm.get(other, lib.KVM_GET_REGS).rip == CODE + 3  # behind HLT
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+
+
+@pytest.mark.parametrize(("gpa", "taken"), [(CODE, 1), (SMBASE, 0)])
+def test_structures_of_kvm_are_outside_smm(gpa, taken):
+    vm = SmmVm()
+    vm.enter_smm()
+    keep, header = msr_entry(0x4B564D04, gpa | 1)  # PV_EOI_EN
+    assert vm.call("KVM_SET_MSRS", header) == (taken, 0)
+    del keep
 
 
 def test_smm_by_events_of_one_vcpu_leaves_the_one_that_runs_its_memory():

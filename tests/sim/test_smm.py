@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from kvmlaunch.uapi import lib
+from kvmlaunch.uapi import ffi, lib
 
 from .driver import PAGE, Memory, simulated, struct
 from .one_vcpu import EINVAL, Machine
@@ -93,6 +93,52 @@ def test_rsm_takes_what_the_handler_left(long, layout):
     vm.smram.write((SMBASE + 0x1000).to_bytes(4, "little"), AREA + layout["smbase"])
     assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
     assert (vm.regs.rax, get_msr(vm, 0x9E)) == (0x42, SMBASE + 0x1000)
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_rsm_brings_back_what_changed_in_smm(long):
+    """Segments, tables, control and debug registers, whatever the handler makes of them."""
+    vm = SmmVm(long=long)
+    sregs = vm.get(vm.vcpu, lib.KVM_GET_SREGS)
+    for n, name in enumerate(("ds", "es", "fs", "gs", "ss", "ldt", "tr"), 1):
+        segment = getattr(sregs, name)
+        segment.base, segment.limit, segment.selector = 0x1000 * n, 0x8000 + n, 0x100 * n
+    sregs.gdt.base, sregs.gdt.limit, sregs.idt.base, sregs.idt.limit = 0x2000, 0x7F, 0x3000, 0x3FF
+    sregs.cr3, sregs.cr4 = 0x5000, 1 << 9
+    vm.ok(vm.call("KVM_SET_SREGS", sregs))
+    debug = struct("kvm_debugregs", dr6=0xFFFF4FF0, dr7=0x700)
+    vm.ok(vm.call("KVM_SET_DEBUGREGS", debug))
+    before = bytes(ffi.buffer(vm.get(vm.vcpu, lib.KVM_GET_SREGS)))
+    vm.enter_smm()
+    inside = vm.get(vm.vcpu, lib.KVM_GET_SREGS)
+    assert (inside.ds.base, inside.idt.limit, inside.cr4) == (0, 0, 0)
+    for name in ("ds", "es", "fs", "gs", "ss", "ldt", "tr", "gdt", "idt"):
+        getattr(inside, name).base, getattr(inside, name).limit = 0x9000, 0x99
+    inside.cr3 = 0x9000
+    vm.ok(vm.call("KVM_SET_SREGS", inside))
+    vm.ok(vm.call("KVM_SET_DEBUGREGS", struct("kvm_debugregs", dr6=0xFFFF0FF0, dr7=0x400)))
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert bytes(ffi.buffer(vm.get(vm.vcpu, lib.KVM_GET_SREGS))) == before
+    after = vm.get(vm.vcpu, lib.KVM_GET_DEBUGREGS)
+    assert (after.dr6, after.dr7) == (0xFFFF4FF0, 0x700)
+
+
+@pytest.mark.parametrize("long", [True, False])
+@pytest.mark.parametrize("shadow", [0, 1])
+def test_rsm_brings_back_the_interrupt_shadow(long, shadow):
+    vm = SmmVm(long=long)
+    vm.ram.write(b"\xf4", 0x2000)
+    vm.ram.write((0x2000).to_bytes(4, "little"), 4 * 0x30)
+    vm.set_regs(rflags=0x202, rsp=0x3000)
+    events = vm.events
+    events.interrupt.shadow, events.flags = shadow, lib.KVM_VCPUEVENT_VALID_SHADOW
+    vm.ok(vm.call("KVM_SET_VCPU_EVENTS", events))
+    vm.enter_smm()
+    assert vm.events.interrupt.shadow == 0
+    vm.ok(vm.call("KVM_INTERRUPT", struct("kvm_interrupt", irq=0x30)))
+    assert vm.enter() == (OK, lib.KVM_EXIT_HLT)
+    assert vm.regs.rip == 0x2001
+    assert vm.ram.read(2, 0x2FFA) == (CODE + shadow).to_bytes(2, "little")
 
 
 @pytest.mark.parametrize(("long", "inside"), [(True, 0), (False, 1)])

@@ -136,6 +136,31 @@ def test_cr8_that_is_too_big_is_ignored(machine):
         assert machine.get(machine.vcpu, lib.KVM_GET_SREGS).cr8 == kept
 
 
+@pytest.mark.parametrize(
+    ("number", "rip", "cr0", "wakes"),
+    [
+        (0, 0xFFF0, 0x10, True),
+        (0, 0xFFF1, 0x10, False),
+        (0, 0xFFF0, 0x11, False),
+        (1, 0xFFF0, 0x10, False),
+    ],
+)
+def test_first_vcpu_that_is_reset_by_its_registers_runs(number, rip, cr0, wakes):
+    """__set_sregs_common(): older user space doesn't say so by KVM_SET_MP_STATE."""
+    with simulated() as platform:
+        machine = Machine(platform, split=True)
+        if number:
+            machine.vcpu = machine.ok(machine.ioctl(machine.vm, lib.KVM_CREATE_VCPU, number))
+        halted = struct("kvm_mp_state", mp_state=lib.KVM_MP_STATE_HALTED)
+        machine.ok(machine.call("KVM_SET_MP_STATE", halted))
+        machine.ok(machine.call("KVM_SET_REGS", struct("kvm_regs", rip=rip)))
+        sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
+        sregs.cr0 = cr0
+        machine.ok(machine.call("KVM_SET_SREGS", sregs))
+        state = machine.get(machine.vcpu, lib.KVM_GET_MP_STATE).mp_state
+        assert (state == lib.KVM_MP_STATE_RUNNABLE) is wakes
+
+
 def test_x2apic_base_needs_cpuid(machine):
     sregs = machine.get(machine.vcpu, lib.KVM_GET_SREGS)
     sregs.apic_base = 0xFEE00D00

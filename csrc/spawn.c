@@ -138,14 +138,18 @@ static int hear(int from, struct message *message, int *fd)
 	return 1;
 }
 
-/* Signals as a program expects them: Python ignores some. */
+/*
+ * Signals as a program expects them: Python ignores two for itself, and catches SIGINT, but not
+ * where its caller ignores that, as the shell does for what it starts in the background.
+ */
 static void default_signals(void)
 {
-	static const int changed[] = { SIGPIPE, SIGXFSZ, SIGINT, SIGQUIT };
 	sigset_t none;
 
-	for (unsigned int i = 0; i < sizeof(changed) / sizeof(changed[0]); i++)
-		signal(changed[i], SIG_DFL);
+	signal(SIGPIPE, SIG_DFL);
+	signal(SIGXFSZ, SIG_DFL);
+	if (signal(SIGINT, SIG_DFL) == SIG_IGN)
+		signal(SIGINT, SIG_IGN);
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 }

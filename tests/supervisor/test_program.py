@@ -80,9 +80,11 @@ def test_the_environment_is_the_callers_when_a_program_starts() -> None:
     assert ran == Ran(0, "thing\n")
 
 
-def test_signals_are_as_they_come_when_a_program_starts() -> None:
+@pytest.mark.parametrize("before", ["true", "trap '' INT QUIT"])  # as for what is behind &
+def test_signals_are_as_they_come_when_a_program_starts(before: str) -> None:
     grep = ["grep", "-E", "^Sig(Blk|Ign)|^Shd", "/proc/self/status"]
-    assert sim(*grep) == run(grep)
+    shell = ["sh", "-c", f'{before}; exec "$@"', "sh"]
+    assert run([*shell, *words(*grep)]) == run([*shell, *grep])
 
 
 @pytest.mark.parametrize(

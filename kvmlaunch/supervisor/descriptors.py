@@ -41,7 +41,8 @@ class ClientFds(FdTable):
     """Descriptor of a client -> the simulated kernel's file.
 
     ``kernel`` is what /proc shows of a file beside its kind: what is simulated.
-    Raises OSError where this process can have no descriptor more, or no inotify instance.
+    Raises OSError where this process can have no descriptor more, KvmLaunchError where its
+    user can have no inotify instance more.
     """
 
     def __init__(self, clients: Clients, kernel: str) -> None:

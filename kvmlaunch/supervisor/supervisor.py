@@ -73,24 +73,14 @@ class Supervisor:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         clients = Clients(listener)
         try:
-            fds = ClientFds(clients, self._spec.kernel().name)
-        except OSError as error:
+            dispatcher = self._dispatcher(clients, command[0])
+        except (OSError, KvmLaunchError) as error:
             os.kill(pid, signal.SIGKILL)
+            clients.close()  # nobody else waits for an answer either
             _wait(pid, table)
-            clients.close()
+            if isinstance(error, KvmLaunchError):
+                raise
             raise KvmLaunchError(f"{command[0]} can't be watched: {error.strerror}") from None
-        platform = SimPlatform(
-            self._spec.kernel(),
-            product=self._spec.product,
-            seed=self._spec.seed,
-            faults=self._faults,
-            user=ClientMemory(clients),
-            fds=fds,
-        )
-        dispatcher = Dispatcher(
-            platform, clients, fds, self._watcher(platform, clients, command[0])
-        )
-        dispatcher.open()
         try:
             code = _wait(pid, table)
         finally:
@@ -100,6 +90,25 @@ class Supervisor:
                 raise failure
             raise KvmLaunchError(f"a bug of the simulated host: {_described(failure)}") from failure
         return code
+
+    def _dispatcher(self, clients: Clients, program: str) -> Dispatcher:
+        """What answers the calls of ``clients``, from now on. Raises OSError, KvmLaunchError."""
+        fds = ClientFds(clients, self._spec.kernel().name)
+        platform = SimPlatform(
+            self._spec.kernel(),
+            product=self._spec.product,
+            seed=self._spec.seed,
+            faults=self._faults,
+            user=ClientMemory(clients),
+            fds=fds,
+        )
+        dispatcher = Dispatcher(platform, clients, fds, self._watcher(platform, clients, program))
+        try:
+            dispatcher.open()
+        except KvmLaunchError:
+            fds.shut()
+            raise
+        return dispatcher
 
     def _watcher(
         self, platform: SimPlatform, clients: Clients, program: str

@@ -224,7 +224,7 @@ import errno, os, sys
 import psutil
 from kvmlaunch.errors import KvmLaunchError
 from kvmlaunch.sim.spec import parse_spec
-from kvmlaunch.supervisor import Supervisor, descriptors
+from kvmlaunch.supervisor import Supervisor, descriptors, dispatcher
 
 def fail(program):
     try:
@@ -233,13 +233,28 @@ def fail(program):
         print(error)
     return os.listdir("/proc/self/fd"), psutil.Process().children()
 
-def none_more(name, size):
+def no_memfd(name, size):
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+class NoInotify:
+    class kl_watch_new:
+        ret, err = -1, errno.EMFILE
+
+def no_thread(self):
+    raise RuntimeError("can't start new thread")
 
 before = fail(sys.argv[1])
 assert fail(sys.argv[1]) == before, before
-descriptors.new_memfd = none_more
-assert fail("true") == before
+for module, name, lacking in (
+    (descriptors, "new_memfd", no_memfd),
+    (descriptors, "lib", NoInotify),
+    (dispatcher.threading.Thread, "start", no_thread),
+):
+    there = getattr(module, name)
+    setattr(module, name, lacking)
+    left = fail("cat")
+    assert left == before, (name, left, before)
+    setattr(module, name, there)
 """
 
 
@@ -251,7 +266,9 @@ def test_nothing_is_left_when_a_program_cannot_start_or_be_watched(tmp_path: Pat
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines() == [
         *[f"{garbage} can't be started: Exec format error"] * 2,
-        "true can't be watched: Too many open files",
+        "cat can't be watched: Too many open files",
+        "inotify_init: Too many open files (fs.inotify.max_user_instances?)",
+        "this host lacks one more thread, needed for kvmlaunch sim",
     ]
 
 

@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "client.h"
 
+#include <sys/socket.h>
+
 int main(int argc, char **argv)
 {
 	for (const struct command *command = commands; argc > 1 && command->name; command++) {
@@ -93,6 +95,30 @@ void wait_until_it_runs(struct kvm_run *run)
 
 	while (*(volatile uint32_t *)&run->exit_reason == NOT_YET)
 		nanosleep(&moment, NULL);
+}
+
+pthread_t start_running(const struct machine *machine, void *(*runs)(void *))
+{
+	pthread_t thread;
+
+	machine->run->exit_reason = NOT_YET;
+	CHECK(!pthread_create(&thread, NULL, runs, NULL));
+	wait_until_it_runs(machine->run);
+	return thread;
+}
+
+void send_fd(int socket, int fd)
+{
+	char room[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec part = { "", 1 };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = room,
+				  .msg_controllen = sizeof(room) };
+
+	CMSG_FIRSTHDR(&message)->cmsg_level = SOL_SOCKET;
+	CMSG_FIRSTHDR(&message)->cmsg_type = SCM_RIGHTS;
+	CMSG_FIRSTHDR(&message)->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), &fd, sizeof(int));
+	CHECK(sendmsg(socket, &message, 0) == 1);
 }
 
 void ends_with(int child, int code)

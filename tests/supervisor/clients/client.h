@@ -72,6 +72,12 @@ void *pages(size_t count);
 #define NOT_YET 99
 void wait_until_it_runs(struct kvm_run *run);
 
+/* A thread that calls KVM_RUN by way of runs(); the vCPU runs by now. */
+pthread_t start_running(const struct machine *machine, void *(*runs)(void *));
+
+/* SCM_RIGHTS, with one byte. */
+void send_fd(int socket, int fd);
+
 /* Wait for a child, which must end with this code. */
 void ends_with(int child, int code);
 

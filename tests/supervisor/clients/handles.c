@@ -60,6 +60,7 @@ static void released(char **arguments)
 {
 	int kvm = open_kvm(), pair[2], vm, vcpu;
 	void *run;
+	char byte;
 
 	for (int i = 0; i < MORE_THAN_ASIDS; i++)
 		CHECK(!close(new_snp_vm(kvm)));
@@ -73,18 +74,10 @@ static void released(char **arguments)
 	}
 	CHECK(!socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
 	for (int i = 0; i < MORE_THAN_ASIDS / 2; i++) {
-		char room[CMSG_SPACE(sizeof(int))] = { 0 };
-		struct iovec part = { "", 1 };
-		struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = room,
-					  .msg_controllen = sizeof(room) };
-
 		vm = new_snp_vm(kvm);
-		CMSG_FIRSTHDR(&message)->cmsg_level = SOL_SOCKET;
-		CMSG_FIRSTHDR(&message)->cmsg_type = SCM_RIGHTS;
-		CMSG_FIRSTHDR(&message)->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), &vm, sizeof(int));
-		CHECK(sendmsg(pair[0], &message, 0) == 1 && !close(vm));
-		CHECK(read(pair[1], room, 1) == 1); /* the descriptor is dropped */
+		send_fd(pair[0], vm);
+		CHECK(!close(vm));
+		CHECK(read(pair[1], &byte, 1) == 1); /* the descriptor is dropped */
 	}
 }
 

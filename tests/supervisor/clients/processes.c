@@ -145,20 +145,6 @@ static void executed(char **arguments)
 	CHECK(!"executed");
 }
 
-static void pass(int socket, int fd)
-{
-	char room[CMSG_SPACE(sizeof(int))] = { 0 };
-	struct iovec part = { "", 1 };
-	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = room,
-				  .msg_controllen = sizeof(room) };
-
-	CMSG_FIRSTHDR(&message)->cmsg_level = SOL_SOCKET;
-	CMSG_FIRSTHDR(&message)->cmsg_type = SCM_RIGHTS;
-	CMSG_FIRSTHDR(&message)->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(CMSG_FIRSTHDR(&message)), &fd, sizeof(int));
-	CHECK(sendmsg(socket, &message, 0) == 1);
-}
-
 static int take(int socket)
 {
 	char room[CMSG_SPACE(sizeof(int))], byte;
@@ -182,9 +168,9 @@ static void passed(char **arguments)
 	child = fork();
 	if (!child) {
 		machine = new_machine(exit_then_halt, 3);
-		pass(pair[1], machine.kvm);
-		pass(pair[1], machine.vm);
-		pass(pair[1], machine.vcpu);
+		send_fd(pair[1], machine.kvm);
+		send_fd(pair[1], machine.vm);
+		send_fd(pair[1], machine.vcpu);
 		_exit(0);
 	}
 	machine.kvm = take(pair[0]);
@@ -238,12 +224,6 @@ static void waits(char **arguments)
 	exit(5);
 }
 
-static void dies(char **arguments)
-{
-	signal(SIGABRT, SIG_DFL);
-	raise(atoi(arguments[0]));
-}
-
 static void loops(char **arguments)
 {
 	struct machine machine = new_machine("\xeb\xfe", 2);
@@ -256,5 +236,5 @@ static void loops(char **arguments)
 const struct command commands[] = {
 	{ "forked", forked }, { "headless", headless }, { "same-memory", same_memory }, { "executed", executed },
 	{ "inherited", inherited }, { "passed", passed }, { "leaves", leaves },
-	{ "waits", waits }, { "dies", dies }, { "loops", loops }, { NULL, NULL },
+	{ "waits", waits }, { "loops", loops }, { NULL, NULL },
 };

@@ -73,9 +73,7 @@ static void meanwhile(char **arguments)
 	pthread_t thread;
 
 	machine = new_machine(waits_for_byte, sizeof(waits_for_byte) - 1);
-	machine.run->exit_reason = NOT_YET;
-	CHECK(!pthread_create(&thread, NULL, run, NULL));
-	wait_until_it_runs(machine.run);
+	thread = start_running(&machine, run);
 	machine.ram[0x3000] = 0x5a;
 	CHECK(!pthread_join(thread, NULL) && machine.ram[0x3001] == 0x5a);
 }
@@ -110,9 +108,7 @@ static void unmapped(char **arguments)
 	struct machine second;
 
 	machine = new_machine(counts, sizeof(counts) - 1);
-	machine.run->exit_reason = NOT_YET;
-	CHECK(!pthread_create(&thread, NULL, run_out, NULL));
-	wait_until_it_runs(machine.run);
+	thread = start_running(&machine, run_out);
 	CHECK(!munmap(machine.ram, RAM_PAGES * PAGE));
 	CHECK(!pthread_join(thread, NULL));
 	second = new_machine(counter, 8);
@@ -224,9 +220,7 @@ static void busy(char **arguments)
 
 	handle(SIGUSR1);
 	machine = new_machine("\xeb\xfe", 2);
-	machine.run->exit_reason = NOT_YET;
-	CHECK(!pthread_create(&runner, NULL, until_signal, NULL));
-	wait_until_it_runs(machine.run);
+	runner = start_running(&machine, until_signal);
 	CHECK(!pthread_create(&asker, NULL, ask, NULL));
 	CHECK(ioctl(machine.vm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == 1);
 	other = add_vcpu(&machine, 1, &other_run);
@@ -243,9 +237,7 @@ static void closed(char **arguments)
 	pthread_t thread;
 
 	machine = new_machine(waits_for_byte, sizeof(waits_for_byte) - 1);
-	machine.run->exit_reason = NOT_YET;
-	CHECK(!pthread_create(&thread, NULL, run, NULL));
-	wait_until_it_runs(machine.run);
+	thread = start_running(&machine, run);
 	CHECK(!close(machine.vcpu) && !close(machine.vm) && !close(machine.kvm));
 	CHECK(ioctl(open_kvm(), KVM_GET_API_VERSION, 0) == 12);
 	machine.ram[0x3000] = 1;
@@ -271,10 +263,8 @@ static void closed_waiting(char **arguments)
 	handle(SIGUSR1);
 	for (int round = 0; round < 5; round++) {
 		machine = new_machine("\xeb\xfe", 2);
-		machine.run->exit_reason = NOT_YET;
 		over = 0;
-		CHECK(!pthread_create(&threads[0], NULL, until_told, NULL));
-		wait_until_it_runs(machine.run);
+		threads[0] = start_running(&machine, until_told);
 		CHECK(!pthread_create(&threads[1], NULL, until_told, NULL));
 		nanosleep(&moment, NULL); /* where it is can't be seen: more often than not it waits */
 		size = ioctl(machine.kvm, KVM_GET_VCPU_MMAP_SIZE, 0);

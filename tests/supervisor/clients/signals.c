@@ -28,16 +28,6 @@ static void *run(void *unused)
 	return (void *)(intptr_t)errno;
 }
 
-static pthread_t start(void)
-{
-	pthread_t thread;
-
-	machine.run->exit_reason = NOT_YET;
-	CHECK(!pthread_create(&thread, NULL, run, NULL));
-	wait_until_it_runs(machine.run);
-	return thread;
-}
-
 static int result_of(pthread_t thread)
 {
 	void *result;
@@ -56,7 +46,7 @@ static void interrupted(char **arguments)
 		pthread_t thread;
 
 		handle(SIGUSR1, flags[i]);
-		thread = start();
+		thread = start_running(&machine, run);
 		CHECK(!pthread_kill(thread, SIGUSR1));
 		CHECK(result_of(thread) == EINTR && heard == i + 1);
 		CHECK(machine.run->exit_reason == KVM_EXIT_INTR);
@@ -87,7 +77,7 @@ static void ignored(char **arguments)
 	CHECK(!pthread_sigmask(SIG_BLOCK, &set, NULL));
 	handle(SIGUSR1, 0);
 	handle(SIGUSR2, 0);
-	thread = start();
+	thread = start_running(&machine, run);
 	CHECK(!pthread_kill(thread, SIGCHLD) && !pthread_kill(thread, SIGUSR2));
 	CHECK(!pthread_kill(thread, SIGUSR1));
 	CHECK(result_of(thread) == EINTR && heard == 1); /* none but the last was heard */
@@ -102,7 +92,7 @@ static void immediate(char **arguments)
 	FAILS(ioctl(machine.vcpu, KVM_RUN, 0), EINTR);
 	machine.run->immediate_exit = 0;
 	handle(SIGUSR1, 0);
-	thread = start();
+	thread = start_running(&machine, run);
 	CHECK(!pthread_kill(thread, SIGUSR1) && result_of(thread) == EINTR);
 }
 
@@ -161,7 +151,7 @@ static void stopped(char **arguments)
 		pthread_t thread;
 
 		machine = new_machine(spin, 2);
-		thread = start();
+		thread = start_running(&machine, run);
 		/* Another thread than the one that runs takes the signal. */
 		CHECK(!raise(SIGSTOP));
 		_exit(result_of(thread) == EINTR ? 4 : 1);
@@ -272,7 +262,7 @@ static void leaves(char **arguments)
 static void leaves_first(char **arguments)
 {
 	machine = new_machine(spin, 2);
-	start();
+	start_running(&machine, run);
 	if (!strcmp(arguments[0], "exec"))
 		execl("/proc/self/exe", "signals", "six", NULL);
 	if (!strcmp(arguments[0], "kill"))

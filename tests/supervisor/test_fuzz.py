@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 import pytest
 
-from tests.supervisor.rig import Ran
+from kvmlaunch.uapi import ARGUMENT
+from tests.supervisor.rig import SOURCES, Ran
 
 Client = Callable[..., Ran]
 
@@ -24,3 +26,8 @@ THREADS = 2
 def test_every_call_is_answered_when_all_are_random(client: Client, kernel: str, seed: int) -> None:
     ran = client("fuzz", "all", seed, CALLS, options=("--sim", kernel))
     assert ran == Ran(0, f"answered {THREADS * CALLS}\n")
+
+
+def test_every_ioctl_is_among_the_random_ones() -> None:
+    named = re.findall(r"\w+", (SOURCES / "fuzz.c").read_text())
+    assert not set(ARGUMENT).difference(named)

@@ -28,7 +28,9 @@ static const unsigned int requests[] = {
 	KVM_SET_DEBUGREGS, KVM_GET_XSAVE, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS,
 	KVM_GET_SREGS2, KVM_SET_SREGS2, KVM_GET_XSAVE2, KVM_PRE_FAULT_MEMORY,
 	KVM_SET_VAPIC_ADDR, KVM_TPR_ACCESS_REPORTING, KVM_X86_GET_MCE_CAP_SUPPORTED,
-	KVM_X86_SETUP_MCE, KVM_X86_SET_MCE, SEV_ISSUE_CMD,
+	KVM_X86_SETUP_MCE, KVM_X86_SET_MCE, KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG,
+	KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO, KVM_SET_NR_MMU_PAGES,
+	KVM_SMI, SEV_ISSUE_CMD,
 };
 
 /* Numbers that mean something somewhere. */
@@ -434,7 +436,7 @@ static void all(char **arguments)
 	pthread_t disturber;
 
 	sigaction(SIGUSR1, &action, NULL);
-	arena = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	arena = pages(ARENA / PAGE);
 	for (int i = 0; i < FDS; i++)
 		fds[i] = -1;
 	for (int i = 0; i < CALLERS; i++) {

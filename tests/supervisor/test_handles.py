@@ -23,6 +23,7 @@ MILAN_SNP_ASIDS = 99
         "behind",  # dup2 over it, close_range
         "reopened",  # /proc/self/fd, /dev/fd
         "opened",  # relative, openat2, O_DIRECTORY, access
+        "parameters",  # files below /sys/module
         "full",  # RLIMIT_NOFILE
         "misused",  # read, write, mmap, ftruncate, seals, fallocate
     ],

@@ -115,6 +115,20 @@ def test_nothing_is_started_when_options_are_bad(options: tuple[str, ...]) -> No
     assert ran.err.startswith("kvmlaunch: ")
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (("sim",), "name a program: kvmlaunch sim [options] -- COMMAND ..."),
+        (("sim", "--"), "name a program: kvmlaunch sim [options] -- COMMAND ..."),
+        (("sim", "--ioctls", "--", "true"), "--ioctls needs --log FILE"),
+    ],
+)
+def test_a_command_line_is_refused_when_something_is_missing(
+    line: tuple[str, ...], sentence: str
+) -> None:
+    assert run(command(*line)) == Ran(2, "", f"kvmlaunch: {sentence}\n")
+
+
 def test_one_sentence_says_it_when_the_program_is_supervised_already() -> None:
     ran = sim(*words("true"))
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)

@@ -157,6 +157,26 @@ static void opened(char **arguments)
 	FAILS(open("/nowhere/kvm", O_RDWR), ENOENT);
 }
 
+/* What the kernel's modules tell of themselves. */
+static void parameters(char **arguments)
+{
+	static const char snp[] = "/sys/module/kvm_amd/parameters/sev_snp";
+	static const char none[] = "/sys/module/kvm_intel/parameters/nested";
+	int fd = open(snp, O_RDONLY);
+	char text[8];
+
+	CHECK(read(fd, text, sizeof(text)) == 2 && !memcmp(text, "Y\n", 2));
+	CHECK(fcntl(fd, F_GETFD) == 0);
+	CHECK(fcntl(open(snp, O_RDONLY | O_CLOEXEC), F_GETFD) == FD_CLOEXEC);
+	FAILS(write(fd, text, 1), EBADF);
+	FAILS(open(snp, O_RDWR), EACCES);
+	FAILS(open(snp, O_WRONLY), EACCES);
+	CHECK(!access(snp, R_OK));
+	FAILS(access(snp, X_OK), EACCES);
+	FAILS(open(none, O_RDONLY), ENOENT);
+	FAILS(access(none, F_OK), ENOENT);
+}
+
 /* No room for one more: nothing is left of what could not be given. */
 static void full(char **arguments)
 {
@@ -230,6 +250,6 @@ static void misused(char **arguments)
 
 const struct command commands[] = {
 	{ "copies", copies }, { "behind", behind }, { "released", released }, { "held", held },
-	{ "reopened", reopened }, { "opened", opened }, { "full", full },
+	{ "reopened", reopened }, { "opened", opened }, { "parameters", parameters }, { "full", full },
 	{ "crowded", crowded }, { "misused", misused }, { NULL, NULL },
 };

@@ -91,7 +91,10 @@ class Dispatcher:
         self._clients.close()
 
     def _kick(self) -> list[threading.Thread]:
-        """Before Linux 6.11 a receiver isn't told that nobody is left. Threads that are."""
+        """Wake threads that wait for calls; those that have not ended yet.
+
+        Before Linux 6.11 a receiver isn't told that nobody is left.
+        """
         with self._changed:  # none ends while it is held
             for thread in self._threads:
                 assert thread.ident is not None

@@ -110,15 +110,6 @@ class ClientMemory:
         called = copies.calls != self._clients.calls
         return idle or called or time.monotonic() >= copies.next_merge
 
-    def _sync_range(self, address: int, size: int) -> None:
-        """The same for the copies of a range. Raises OSError(EFAULT) where there is none now."""
-        if not self._clients.still_waits():
-            refuse(errno.EFAULT)  # as above; nobody gets to see it
-        with self._lock:
-            copies = self._copies.get(self.mm)
-            if copies is not None and not copies.merge_range(self.caller.tid, address, size):
-                refuse(errno.EFAULT)
-
     def has_written(self) -> None:
         """It counts as a call."""
         self._clients.calls += 1
@@ -165,6 +156,15 @@ class ClientMemory:
         with self._lock:
             for mm in self._copies.keys() - alive:
                 self._copies.pop(mm).drop(self._pages)
+
+    def _sync_range(self, address: int, size: int) -> None:
+        """`sync` for the copies of a range. Raises OSError(EFAULT) where one was lost."""
+        if not self._clients.still_waits():
+            refuse(errno.EFAULT)  # as there; nobody gets to see it
+        with self._lock:
+            copies = self._copies.get(self.mm)
+            if copies is not None and not copies.merge_range(self.caller.tid, address, size):
+                refuse(errno.EFAULT)
 
     def _pieces(self, address: int, size: int) -> list[tuple[int, int | None, int]]:
         """Address, address of the copy if there is one, and size; copies page by page."""

@@ -18,14 +18,13 @@ from kvmlaunch.uapi.proposal import (
     default_proposal,
     parse_proposal,
 )
-from kvmlaunch.uapi.real import SIMULATED_KVM, RealPlatform
+from kvmlaunch.uapi.real import RealPlatform
 from kvmlaunch.uapi.recorder import Call, Recorder
 
 __all__ = [
     "ARGUMENT",
     "COMMAND_ARGUMENT",
     "PROPOSAL_VARIABLE",
-    "SIMULATED_KVM",
     "Call",
     "Inspector",
     "MeasuredPage",

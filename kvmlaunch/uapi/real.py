@@ -9,9 +9,9 @@ from typing import Any
 from kvmlaunch.uapi._ext import lib
 from kvmlaunch.uapi.platform import Result, RunResult
 
-__all__ = ["SIMULATED_KVM", "RealPlatform"]
+__all__ = ["RealPlatform"]
 
-SIMULATED_KVM = "simulated:/dev/kvm,"
+_SIMULATED_KVM = "simulated:/dev/kvm,"
 """How the file is named that stands in for /dev/kvm; the kernel's profile follows."""
 
 
@@ -28,7 +28,7 @@ class RealPlatform:
         except OSError:
             return ""
         try:
-            _, is_simulated, kernel = os.readlink(f"/proc/self/fd/{fd}").partition(SIMULATED_KVM)
+            _, is_simulated, kernel = os.readlink(f"/proc/self/fd/{fd}").partition(_SIMULATED_KVM)
         finally:
             os.close(fd)
         return f"simulated {kernel.split()[0]}" if is_simulated else ""

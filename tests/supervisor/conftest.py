@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +22,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(clients: Path, tmp_path: Path) -> Callable[..., rig.Ran]:
     """Runs a client: ``client("faults", "structs")``."""
 
-    def run(name: str, *arguments: object, **how: object) -> rig.Ran:
-        return partial(rig.sim, cwd=tmp_path)(clients / name, *arguments, **how)  # type: ignore[arg-type]
+    def run(name: str, *arguments: object, **how: Any) -> rig.Ran:
+        return rig.sim(clients / name, *arguments, cwd=tmp_path, **how)
 
     return run

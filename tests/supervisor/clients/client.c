@@ -107,6 +107,20 @@ pthread_t start_running(const struct machine *machine, void *(*runs)(void *))
 	return thread;
 }
 
+volatile sig_atomic_t heard;
+
+static void hear(int number)
+{
+	heard++;
+}
+
+void handle(int number, int flags)
+{
+	struct sigaction action = { .sa_handler = hear, .sa_flags = flags };
+
+	CHECK(!sigaction(number, &action, NULL));
+}
+
 void send_fd(int socket, int fd)
 {
 	char room[CMSG_SPACE(sizeof(int))] = { 0 };

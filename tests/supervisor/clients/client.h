@@ -75,6 +75,10 @@ void wait_until_it_runs(struct kvm_run *run);
 /* A thread that calls KVM_RUN by way of runs(); the vCPU runs by now. */
 pthread_t start_running(const struct machine *machine, void *(*runs)(void *));
 
+/* From now on a signal is counted, and else only interrupts; flags are those of sigaction(). */
+extern volatile sig_atomic_t heard;
+void handle(int number, int flags);
+
 /* SCM_RIGHTS, with one byte. */
 void send_fd(int socket, int fd);
 

@@ -399,10 +399,6 @@ static void *call(void *argument)
 	return NULL;
 }
 
-static void ignore(int number)
-{
-}
-
 /* No vCPU runs for long, and no content of its pages stays what it was. */
 static void *disturb(void *seed)
 {
@@ -432,10 +428,9 @@ static void all(char **arguments)
 	uint64_t count = strtoull(arguments[1], NULL, 0);
 	const struct timespec moment = { 0, 1000000 };
 	struct caller callers[CALLERS];
-	struct sigaction action = { .sa_handler = ignore };
 	pthread_t disturber;
 
-	sigaction(SIGUSR1, &action, NULL);
+	handle(SIGUSR1, 0);
 	arena = pages(ARENA / PAGE);
 	for (int i = 0; i < FDS; i++)
 		fds[i] = -1;

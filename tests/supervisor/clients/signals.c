@@ -5,20 +5,7 @@
 #include "client.h"
 
 static const char spin[] = "\xeb\xfe"; /* jmp $ */
-static volatile sig_atomic_t heard;
 static struct machine machine;
-
-static void hear(int number)
-{
-	heard++;
-}
-
-static void handle(int number, int flags)
-{
-	struct sigaction action = { .sa_handler = hear, .sa_flags = flags };
-
-	CHECK(!sigaction(number, &action, NULL));
-}
 
 /* KVM_RUN in a thread of its own; what came of it is its errno. */
 static void *run(void *unused)

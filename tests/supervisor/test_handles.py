@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.supervisor.rig import WELL, Ran, run, words
+from tests.supervisor.rig import WELL, Ran, require_supervision, run, words
 
 Client = Callable[..., Ran]
 
@@ -48,3 +50,40 @@ def test_the_host_is_full_when_the_supervisor_has_no_descriptors_left(
     assert (ran.code, ran.err) == (0, "")
     # The limit is the hard one; some are left for the supervisor itself.
     assert 300 < int(ran.out) < 600
+
+
+NO_WATCHES = """
+import errno, os, sys
+from types import SimpleNamespace
+from kvmlaunch.sim.spec import parse_spec
+from kvmlaunch.supervisor import Supervisor, descriptors
+
+class Lib:
+    def kl_watch_add(self, *arguments):
+        return SimpleNamespace(ret=-1, err=errno.ENOSPC)
+
+    def __getattr__(self, name, lib=descriptors.lib):
+        return getattr(lib, name)
+
+def run():
+    assert not Supervisor(parse_spec("6.12")).run(sys.argv[1:])
+    return os.listdir("/proc/self/fd")
+
+before = run()
+descriptors.lib = Lib()
+assert run() == before
+"""
+OPENS = """
+try:
+    open("/dev/kvm")
+    print("open")
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_the_host_is_full_when_no_more_files_can_be_watched() -> None:
+    require_supervision()
+    program = (sys.executable, "-c", OPENS)
+    ran = run([sys.executable, "-c", NO_WATCHES, *program])
+    assert ran == Ran(0, f"open\n{errno.ENFILE}\n")

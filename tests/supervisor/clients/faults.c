@@ -137,6 +137,7 @@ static void nested(char **arguments)
 	is_refused(sev, SEV_ISSUE_CMD);
 	FAILS(open((char *)NON_CANONICAL, O_RDWR), EFAULT);
 	FAILS(access(mapped + PAGE, R_OK), EFAULT);
+	FAILS(syscall(SYS_openat2, -1, "/dev/kvm", mapped + PAGE - 23, 24), EFAULT);
 	/* A path that ends at the end of memory is one. */
 	memcpy(mapped + PAGE - 9, "/dev/kvm", 9);
 	CHECK(open(mapped + PAGE - 9, O_RDWR) >= 0);

@@ -126,6 +126,15 @@ static int open2(int directory, const char *path, uint64_t flags, size_t size)
 	return (int)syscall(SYS_openat2, directory, path, &how, size);
 }
 
+static int is_simulated(int fd)
+{
+	char link[32], name[64] = "";
+
+	snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+	CHECK(readlink(link, name, sizeof(name) - 1) > 0);
+	return strstr(name, "simulated") != NULL;
+}
+
 static void opened(char **arguments)
 {
 	int directory = open("/dev", O_PATH | O_DIRECTORY), fd;
@@ -147,11 +156,15 @@ static void opened(char **arguments)
 	CHECK(!chdir("/dev"));
 	fd = open("kvm", O_RDONLY);
 	CHECK(ioctl(fd, KVM_GET_API_VERSION, 0) == 12);
+	CHECK(is_simulated(fd));
 	CHECK(!access("kvm", R_OK | W_OK) && !access("/dev/sev", F_OK));
 	CHECK(!faccessat(directory, "sev", R_OK | W_OK, 0));
 	FAILS(access("/dev/kvm", X_OK), EACCES);
 	FAILS(faccessat(directory, "kvm", X_OK, AT_EACCESS), EACCES);
 	FAILS(access("/dev/kvm", 8), EINVAL);
+	/* What is only a name is the machine's, which may have none. */
+	fd = open("/dev/kvm", O_PATH);
+	CHECK(fd >= 0 ? !is_simulated(fd) : errno == ENOENT);
 	/* Others are left alone. */
 	CHECK(open("/dev/null", O_RDWR) >= 0);
 	FAILS(open("/nowhere/kvm", O_RDWR), ENOENT);

@@ -59,6 +59,13 @@ def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def adopted_all(supervisor: psutil.Process) -> bool:
+    try:
+        return all(child.ppid() == supervisor.pid for child in supervisor.children(True))
+    except psutil.NoSuchProcess:  # the program was waited for just now
+        return False
+
+
 @pytest.mark.parametrize("code", [0, 1, 77, 255])
 def test_the_exit_code_is_passed_on_when_a_program_ends(code: int) -> None:
     assert sim("sh", "-c", f"exit {code}") == Ran(code)
@@ -165,7 +172,7 @@ def test_signals_are_forwarded_when_only_what_was_left_behind_is_there(
 ) -> None:
     process = started(clients / "processes", "waits", "as-a-child")
     supervisor = psutil.Process(process.pid)
-    wait_until(lambda: all(child.ppid() == process.pid for child in supervisor.children(True)))
+    wait_until(lambda: adopted_all(supervisor))
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=SECONDS) == (f"{signal.SIGTERM.value}\n", "")
     assert process.returncode == 0
